@@ -1,0 +1,1354 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""dualenc: dual encoding in a language model's activations, reproduced and put to the test.
+
+"Feature Integration Spaces: Joint Training Reveals Dual Encoding in Neural Network Representations" (Claflin,
+arXiv 2507.00269, AAAI 2026) holds that activations encode both which features are present (a TopK sparse
+autoencoder, SAE, finds them) and how they combine (a neural factorization machine, NFM, finds that). This
+module implements the paper and prints each of its numbers beside the control that could refute it.
+
+    ./reproduce.sh          the tiny preset on any laptop: language model, activations, every arm, the tables
+    ./reproduce.sh test     the tests
+
+Sections, in dependency order; nothing needs a name that stands below it:
+    core maths              TopK encoding, sparse decoding, the factorization machine's interaction
+    modules                 TopKSAE, NFM, DualEncoder, the arms of a comparison, the exact fold
+    files                   atomic writes, the standardiser, arms on disk
+    presets and runs        one table of presets, one of flags, a run's configuration
+    language model          finding blocks, capturing activations, loading
+    text                    documents, splits, windows, the tiny language model
+    activation stream       chunks, batches, held-out activations
+    evaluation              errors by path, gains with their intervals
+    training                one loop for all arms and learning rates, resumable
+    reconstruction          claims 1 to 4 beside their controls
+    plan                    what a run costs, before it is started
+    command line            one subcommand a stage
+
+Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features,
+k features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
+activations, values and indices (B, k) the sparse code: kept feature values (>= 0, descending) and their ids.
+What is known not to work stands in the README under "Limits".
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import sys
+import time
+import types
+import zlib
+
+import numpy as np
+import torch
+
+
+# ------------------------------------------------------------------------------------------ core maths
+# A token's code is k values and k feature ids; the dense (B, F) code is never built. All below is a weighted
+# sum of rows of a matrix (embedding_bag), or its transpose: past the encoder a token costs O(k·width).
+# The factorization machine (Rendle, 2010) sums over all pairs of active features without visiting them: with
+# f = (1, 2, 3) and scalar embeddings V = (1, 1, 2), Σ f V = 9 and Σ (f V)² = 1 + 4 + 36 = 41, so that
+# z = (81 - 41) / 2 = 20 = 1·2 + 1·6 + 2·6, the three products of pairs. A lone feature has no partner: z = 0.
+
+def sparse_outer(values, indices, x, F):
+    """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D)."""
+    by_feature = indices.reshape(-1).argsort()            # (B·k,) entries of the code, grouped by feature
+    counts = torch.bincount(indices.reshape(-1), minlength=F)
+    return torch.nn.functional.embedding_bag(
+        by_feature // indices.shape[1], x, counts.cumsum(0) - counts, mode="sum",
+        per_sample_weights=values.reshape(-1)[by_feature])
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, W):
+        ctx.save_for_backward(values, indices, W)
+        return torch.nn.functional.embedding_bag(indices, W, mode="sum", per_sample_weights=values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, W = ctx.saved_tensors
+        grad, grad_values, grad_W = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:                       # grad_values[b, j] = grad[b] · W[indices[b, j]]
+            weights = values.detach().requires_grad_()
+            with torch.enable_grad():
+                out = torch.nn.functional.embedding_bag(indices, W.detach(), mode="sum", per_sample_weights=weights)
+            grad_values, = torch.autograd.grad(out, weights, grad)
+        if ctx.needs_input_grad[2]:
+            grad_W = sparse_outer(values, indices, grad, W.shape[0])
+        return grad_values, None, grad_W
+
+
+def sparse_decode(values, indices, W):
+    """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width).
+    The dense code times W, at O(k·width) a token. Differentiable (once) in values and W."""
+    return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
+
+
+class _TopKEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, k):
+        values, indices = torch.addmm(b_enc, x, W_enc.T).topk(k)
+        values.clamp_(min=0)
+        ctx.save_for_backward(x, W_enc, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, W_enc, values, indices = ctx.saved_tensors
+        grad = grad * (values > 0)                        # ReLU passes nothing at or below 0
+        grad_x = sparse_decode(grad, indices, W_enc) if ctx.needs_input_grad[0] else None
+        grad_W = sparse_outer(grad, indices, x, len(W_enc)) if ctx.needs_input_grad[1] else None
+        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+        return grad_x, grad_W, grad_b, None
+
+
+def topk_encode(x, W_enc, b_enc, k):
+    """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
+    Values descend; a row with fewer than k positive pre-activations is padded with features of value 0.
+    Differentiable (once) in x, W_enc and b_enc, through the kept features only (Gao et al., 2024). Raises
+    ValueError unless 1 <= k <= F."""
+    if not 1 <= k <= len(W_enc):
+        raise ValueError(f"k must lie between 1 and F={len(W_enc)}, not {k}")
+    return _TopKEncode.apply(x, W_enc, b_enc, k)
+
+
+def fm_interaction(values, indices, V):
+    """z = ½[(Σ_j f_j V_j)² - Σ_j (f_j V_j)²] = Σ_{a<b} f_a f_b V_a∘V_b: (B, n), (B, n), V (F, K) -> (B, K).
+    O(n·K) a token, and one pass over V a batch for its squares. The paper prints the middle term without its
+    outer brackets; this identity is what its code trains."""
+    total = sparse_decode(values, indices, V)
+    return 0.5 * (total.square() - sparse_decode(values.square(), indices, V.square()))
+
+
+def fm_interaction_pairwise(values, indices, V):
+    """The definition that fm_interaction computes faster, pair by pair, O(n²·K): for readers and tests."""
+    weighted = values.unsqueeze(-1) * V[indices]          # (B, n, K)
+    z = torch.zeros_like(weighted[:, 0])
+    for a in range(values.shape[1]):
+        for b in range(a + 1, values.shape[1]):
+            z = z + weighted[:, a] * weighted[:, b]
+    return z
+
+
+# ------------------------------------------------------------------------------------------ modules
+# An arm is one model of a comparison. Its forward returns named parts that add up to x_hat, so that one loop
+# trains and one evaluator measures every arm, path by path.
+# Why the paper's baseline is weak: a linear path on the same code is a second decoder. With n = k,
+#     f W_dec + b_dec + f W_lin + b_lin  =  f (W_dec + W_lin) + (b_dec + b_lin),
+# exactly one TopK SAE (fold_linear). The model's "own SAE path", f W_dec + b_dec, is that SAE with part of its
+# decoder cut off, and what the cut costs is reported as the NFM's gain. Hence the arms `sae` and `sae-2dec`.
+
+class UserError(ValueError):
+    """A mistake of the user's: main() prints it as one line and exits with status 2."""
+
+
+class TopKSAE(torch.nn.Module):
+    """f = TopK_k(ReLU(x W_encᵀ + b_enc)), x_hat = f W_dec + b_dec; W_enc, W_dec (F, D).
+    W_dec ~ U(±1/√F). W_enc starts as a copy of it, not a view: tied storage would train as tied weights.
+    b_dec is ours: the published SAE has none, while its linear path has one."""
+
+    def __init__(self, D, F, k):
+        super().__init__()
+        self.D, self.F, self.k = D, F, k
+        self.W_dec = torch.nn.Parameter(torch.empty(F, D).uniform_(-F ** -0.5, F ** -0.5))
+        self.W_enc = torch.nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = torch.nn.Parameter(torch.zeros(F))
+        self.b_dec = torch.nn.Parameter(torch.zeros(D))
+
+    def encode(self, x):
+        """Sparse code of x: (B, D) -> values, indices (B, k)."""
+        return topk_encode(x, self.W_enc, self.b_enc, self.k)
+
+    def decode(self, values, indices):
+        """x_hat of a sparse code: (B, k), (B, k) -> (B, D)."""
+        return sparse_decode(values, indices, self.W_dec) + self.b_dec
+
+    def forward(self, x):
+        return self.decode(*self.encode(x))
+
+
+class NFM(torch.nn.Module):
+    """The paper's integration paths; both read f_n, the n largest of the kept features.
+    linear        x_lin = f_n W_lin + b_lin                                   W_lin (F, D)
+    interaction   z = fm_interaction(f_n, V), m = W_1 dropout(z) + b_1, x_int = W_2 ReLU(m) + b_2
+                                                                              V (F, K), W_1 (K, K), W_2 (D, K)
+    pooling is "product" for z as above, "sum" for z = Σ_j f_j V_j (the control that has no product), None for
+    no interaction path. dropout is a probability; its mask comes from the generator given to forward."""
+
+    def __init__(self, F, D, K, n, *, linear=True, pooling="product", dropout=0.0):
+        super().__init__()
+        def normal(std, *shape):
+            return torch.nn.Parameter(torch.randn(shape) * std)
+        self.n, self.has_linear, self.pooling, self.dropout = n, linear, pooling, dropout
+        if linear:
+            self.W_lin, self.b_lin = normal(0.01, F, D), torch.nn.Parameter(torch.zeros(D))
+        if pooling:
+            self.V = normal(0.05, F, K)
+            self.W_1, self.b_1 = normal(0.01, K, K), torch.nn.Parameter(torch.zeros(K))
+            self.W_2, self.b_2 = normal(0.01, D, K), torch.nn.Parameter(torch.zeros(D))
+
+    def post_mlp1(self, values, indices, generator=None):
+        """m, what the secondary SAE decomposes: values, indices (B, >= n) -> (B, K)."""
+        pool = fm_interaction if self.pooling == "product" else sparse_decode
+        z = pool(values[:, :self.n], indices[:, :self.n], self.V)
+        if self.training and self.dropout:
+            keep = torch.rand(z.shape, generator=generator, device=z.device) >= self.dropout
+            z = z * keep / (1 - self.dropout)
+        return torch.nn.functional.linear(z, self.W_1, self.b_1)
+
+    def interaction(self, m):
+        """x_int of m: (B, K) -> (B, D)."""
+        return torch.nn.functional.linear(m.relu(), self.W_2, self.b_2)
+
+    def forward(self, values, indices, generator=None):
+        parts = {}
+        if self.has_linear:
+            parts["linear"] = sparse_decode(values[:, :self.n], indices[:, :self.n], self.W_lin) + self.b_lin
+        if self.pooling:
+            parts["interaction"] = self.interaction(self.post_mlp1(values, indices, generator))
+        return parts
+
+
+class DualEncoder(torch.nn.Module):
+    """x_hat = x_sae + x_lin + x_int: a TopKSAE and, on its code, an NFM. Every arm is one of these.
+    Without nfm it is the plain SAE; with `second`, a TopKSAE that reads the first one's residual, the paper's
+    control for its sequential NFM. `learner` is the SAE whose features training moves."""
+
+    def __init__(self, sae, nfm=None, second=None):
+        super().__init__()
+        if nfm and nfm.n > sae.k:
+            raise ValueError(f"the NFM reads n={nfm.n} features, the SAE keeps only k={sae.k}")
+        self.sae, self.nfm, self.second = sae, nfm, second
+
+    @property
+    def learner(self):
+        return self.second or self.sae
+
+    def forward(self, x, generator=None, counts=None):
+        """x (B, D) -> parts (B, D) that add up to x_hat: "sae", and "linear", "interaction" or "residual".
+        counts: optional (F,) tensor, to which the number of tokens that kept each feature is added in place."""
+        values, indices = self.sae.encode(x)
+        parts = {"sae": self.sae.decode(values, indices)}
+        if self.nfm:
+            parts |= self.nfm(values, indices, generator)
+        if self.second:
+            values, indices = self.second.encode(x - parts["sae"])
+            parts["residual"] = self.second.decode(values, indices)
+        if counts is not None:
+            counts.index_add_(0, indices.reshape(-1), (values > 0).reshape(-1).to(counts.dtype))
+        return parts
+
+
+ARMS = {   # arm: the paths of its NFM (None: it has no NFM)
+    "sae": None,
+    "sae-2dec": dict(pooling=None),                       # reads all k: exactly an SAE, the zero of the linear gain
+    "joint": dict(),
+    "joint-linear": dict(pooling=None),
+    "joint-interaction": dict(linear=False),
+    "joint-mlp": dict(pooling="sum"),
+    "sequential": dict(),                                 # on the residual of `sae`, frozen and cut to its top
+    "residual-sae": None,                                 # a second SAE on that same residual
+}
+CHILDREN = ("sequential", "residual-sae")                 # trained after `sae`, on top of it
+
+
+def count_parameters(model):
+    """Number of weights in a module."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
+    """Build the arm called `name`, its weights drawn from torch's global generator: a DualEncoder.
+    A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as make
+    its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied, frozen, cut
+    to its `top` largest features (default n). Raises UserError for an unknown name or size, or a missing parent."""
+    base, _, size = name.partition("@")
+    if base not in ARMS or (size and base in CHILDREN):
+        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two also take a "
+                        f"size: sae@12000, sae@0.5x, sae@matched")
+    if size == "matched" and base == "sae":
+        with torch.device("meta"):
+            joint = count_parameters(DualEncoder(TopKSAE(D, F, k), NFM(F, D, K, n)))
+        F = round((joint - D) / (2 * D + 1))              # an SAE holds F·(2D + 1) + D weights
+    elif re.fullmatch(r"\d+|\d*\.?\d+x", size):
+        F = round(float(size[:-1]) * F) if size[-1] == "x" else int(size)
+    elif size:
+        raise UserError(f"arm {name!r}: a size is a number of features, a multiple as in 0.5x, or sae's @matched")
+    if F < k:
+        raise UserError(f"arm {name!r} has {F} features, fewer than k={k}")
+    paths = ARMS[base]
+    if base not in CHILDREN:
+        sae = TopKSAE(D, F, k)                            # drawn first: one seed, one SAE to start from in any arm
+        n = k if base == "sae-2dec" else n
+        return DualEncoder(sae, None if paths is None else NFM(F, D, K, n, dropout=dropout, **paths))
+    if parent is None:
+        raise UserError(f"arm {name!r} is built on a trained `sae`: train that first")
+    frozen, top = copy.deepcopy(parent.sae).requires_grad_(False), top or n
+    frozen.k = top                                        # both sides of the paper's comparison read the top ones
+    if paths is None:
+        return DualEncoder(frozen, second=TopKSAE(D, F, top))
+    return DualEncoder(frozen, NFM(F, D, K, top, dropout=dropout, **paths))
+
+
+def fold_linear(model):
+    """The one TopKSAE that a DualEncoder with a linear path alone equals: W_dec + W_lin, b_dec + b_lin.
+    Raises ValueError where no such SAE exists: an interaction path, n < k, a second SAE."""
+    nfm = model.nfm
+    if model.second or (nfm and nfm.pooling):
+        raise ValueError("only an SAE, alone or with a linear path, folds into one SAE")
+    if nfm and nfm.n < model.sae.k:
+        raise ValueError(f"the linear path reads n={nfm.n} of k={model.sae.k} features: the fold needs n = k")
+    folded = copy.deepcopy(model.sae)
+    if nfm:
+        with torch.no_grad():
+            folded.W_dec += nfm.W_lin
+            folded.b_dec += nfm.b_lin
+    return folded
+
+
+# ------------------------------------------------------------------------------------------ files
+# What is on disk is whole: a file is written beside its place and moved there. An arm's file is self-contained:
+# weights, the standardiser of its run, the configuration that made it.
+
+@contextlib.contextmanager
+def blame(what):
+    """Turn whatever a library raises inside into a UserError of one line: what, and the library's reason."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                            # foreign files and networks fail in many ways
+        raise UserError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path; what was written there replaces `path` at the end, or vanishes on an error.
+    Raises UserError where the disk refuses (full, not writable)."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with blame(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def write_json(path, data):
+    """Write data as JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_json(path):
+    """Read a JSON object. Raises UserError if the file holds none."""
+    with blame(f"cannot read {path}"):
+        return dict(json.loads(pathlib.Path(path).read_text()))
+
+
+class Standardiser(torch.nn.Module):
+    """One mean and one standard deviation per dimension, (D,), fixed for a run."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def encode(self, raw):
+        """Raw activations (…, D) -> standardised x (…, D)."""
+        return (raw - self.mean) / self.std
+
+    def decode(self, x):
+        """Standardised x (…, D) -> raw activations (…, D)."""
+        return x * self.std + self.mean
+
+
+def save_arm(path, model, standardiser, config):
+    """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
+    from safetensors.torch import save_file
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"standardiser.{name}": tensor for name, tensor in standardiser.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+                  metadata={"dualenc": json.dumps(config)})
+
+
+def load_arm(path):
+    """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
+    model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged or foreign file."""
+    from safetensors import safe_open
+    with blame(f"{path} is not an arm that this program wrote, or is damaged"):
+        with safe_open(path, "pt") as file:
+            config = json.loads(file.metadata()["dualenc"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        sizes = {name: config[name] for name in ("D", "F", "k", "n", "K", "top", "dropout")}
+        with torch.device("meta"):                        # shapes only; the file's tensors take their places
+            parent = DualEncoder(TopKSAE(config["D"], config["F"], config["k"]))
+            model = make_arm(config["arm"], parent=parent, **sizes)
+        model.load_state_dict({k[6:]: tensor for k, tensor in tensors.items() if k.startswith("model.")}, assign=True)
+        model.standardiser = Standardiser(tensors["standardiser.mean"], tensors["standardiser.std"])
+        model.config = config
+    return model.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ presets and runs
+# A run is a directory. Its config.json holds every field below, written by the first stage that makes something;
+# later stages read it, so that a flag is given once, and refuse a flag that contradicts it.
+
+PRESETS = {"paper": dict(
+    model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
+    features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, lr=[1e-4, 4e-4],
+    decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000, param_dtype="float32",
+    adam_eps=1e-8, keep_first=False, lm_steps=0)}
+PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
+    window=128, batch=64, lr=[1e-4], decay=4000, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
+PRESETS["small"] = PRESETS["paper"] | dict(
+    model="EleutherAI/pythia-70m", layer=3, features=8192, k=164, n=82, embedding=48, top=40, dropout=0.0,
+    lr=[1e-3, 2e-3], chunk=100_000)
+PRESETS["tiny"] = PRESETS["small"] | dict(
+    model="tiny", text="docstrings", layer=2, features=2048, k=41, n=20, embedding=32, top=10, batch=1024,
+    lr=[4e-3, 8e-3], tokens=1_000_000, eval_tokens=100_000, lm_steps=420)
+
+FLAGS = {   # field: (type, stages that read it, help); the flag is --field
+    "model": (str, "plan lm train recon", "hub name or directory of a causal LM; 'tiny' trains one on the spot"),
+    "text": (str, "lm train recon", "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION]"),
+    "layer": (int, "plan train recon", "block whose input is read, from 0 (paper: 16 of 26)"),
+    "features": (int, "plan train", "F, features of the SAE (paper: 50,000)"),
+    "k": (int, "plan train", "features kept per token (paper: 1024)"),
+    "n": (int, "plan train", "how many of the k the NFM reads (paper: 512)"),
+    "embedding": (int, "plan train", "K, embedding width of the NFM (paper: 300)"),
+    "top": (int, "plan train", "features that sequential and residual-sae read (paper: 250)"),
+    "dropout": (float, "train", "probability, on z (published code: 0.15)"),
+    "window": (int, "plan train recon", "T, tokens in a window (paper: 50)"),
+    "batch": (int, "plan train", "B, tokens in a batch (paper: 3200)"),
+    "lr": (float, "plan train", "learning rates, one or more; each arm keeps its best on validation (paper: 1e-4)"),
+    "decay": (float, "train", "share of the steps (above 1: steps) over which lr falls to a tenth"),
+    "tokens": (int, "plan train", "tokens to train on, each once (paper: 5,000,000)"),
+    "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
+    "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
+    "eval_tokens": (int, "train recon", "held-out tokens of recon; a quarter as many choose the learning rate"),
+    "param_dtype": (str, "train", "of the weights: float32, or float16 as in the published code"),
+    "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
+    "keep_first": (bool, "train recon", "keep each window's first position, an attention sink, in the data"),
+    "lm_steps": (int, "lm", "training steps of the tiny language model"),
+}
+
+
+def validate(cfg):
+    """Refuse a configuration that cannot run. Raises UserError naming the flag."""
+    for field in ("features", "k", "n", "embedding", "top", "batch", "tokens", "chunk", "chunk_epochs", "eval_tokens"):
+        if getattr(cfg, field) < 1:
+            raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(cfg, field)}")
+    for small, large in (("k", "features"), ("n", "k"), ("top", "k")):
+        if getattr(cfg, small) > getattr(cfg, large):
+            raise UserError(f"--{small} {getattr(cfg, small)} is more than --{large} {getattr(cfg, large)}")
+    for good, rule in ((min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
+                       (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
+                       (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
+                       (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
+                       (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
+        if not good:
+            raise UserError(rule)
+
+
+def resolve(args):
+    """Settings of a stage: the run's config.json, else the preset and the flags given; and `run`, `device`, `arms`.
+    Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
+    if args.preset not in (None, *PRESETS):
+        raise UserError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
+    run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
+    given = {name: value for name in ("preset", "seed", *FLAGS) if (value := getattr(args, name, None)) is not None}
+    for name in {"model", "text"} & set(given) - {"tiny", "docstrings"}:
+        if pathlib.Path(given[name]).exists():            # a path must not depend on where the next stage is started
+            given[name] = str(pathlib.Path(given[name]).resolve())
+    fields = {"preset": "tiny", "seed": 0} | PRESETS[args.preset or "tiny"] | given
+    if (run / "config.json").exists():
+        stored = read_json(run / "config.json")
+        if missing := set(fields) ^ set(stored):
+            raise UserError(f"{run}/config.json was made by another version: it differs in {', '.join(sorted(missing))}")
+        for name, value in given.items():
+            if value != stored[name]:
+                raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag, or choose "
+                                f"another --run")
+        fields = stored
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with blame(f"cannot use the device {device!r}"):
+        torch.empty(0, device=device)
+    cfg = types.SimpleNamespace(**fields, fields=fields, run=run, device=device, arms=getattr(args, "arms", None),
+                                save_minutes=getattr(args, "save_minutes", None))
+    validate(cfg)
+    return cfg
+
+
+def write_results(cfg, stage, results):
+    """Write results/STAGE.json with what it takes to trace it: configuration, library versions, source hash."""
+    origin = dict(config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
+                  sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest())
+    write_json(cfg.run / "results" / f"{stage}.json", results | origin)
+
+
+def table(*rows):
+    """Print rows of strings as aligned columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        print("  " + first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True)), sep="  ")
+
+
+# ------------------------------------------------------------------------------------------ language model
+# An activation is the residual stream that enters block `layer`: hidden_states[layer] in transformers' counting.
+# A pre-hook on that block reads it and stops the forward there; later blocks and logits are never computed.
+
+LM_CONFIGS = {   # known without a download, for `plan`; "tiny" is what `lm` trains
+    "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4, vocab_size=4096,
+                 num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True),
+    "EleutherAI/pythia-70m": dict(model_type="gpt_neox", hidden_size=512, intermediate_size=2048, vocab_size=50304,
+                                  num_hidden_layers=6, num_attention_heads=8),
+    "openlm-research/open_llama_3b": dict(model_type="llama", hidden_size=3200, intermediate_size=8640,
+                                          num_hidden_layers=26, num_attention_heads=32, vocab_size=32000),
+}
+
+
+class _Captured(Exception):
+    """Carries the activations out of a forward that is stopped on purpose."""
+
+
+def find_blocks(lm, layer=0):
+    """The transformer blocks: the one ModuleList as long as the model is deep.
+    Raises UserError if there is no such list, or if it has no block `layer`."""
+    depth = lm.config.get_text_config().num_hidden_layers
+    found = [m for m in lm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise UserError(f"cannot tell the blocks of {type(lm).__name__}: {len(found)} lists of {depth} modules")
+    if not 0 <= layer < depth:
+        raise UserError(f"layer {layer} is out of range: {type(lm).__name__} has blocks 0 to {depth - 1}")
+    return found[0]
+
+
+def capture(lm, layer, tokens):
+    """Residual stream that enters block `layer`: tokens (B, T) -> (B, T, D), equal to hidden_states[layer].
+    The forward stops there. Raises UserError for a layer that the model does not have."""
+    def hook(module, args, kwargs):
+        raise _Captured(args[0] if args else kwargs["hidden_states"])
+
+    handle = find_blocks(lm, layer)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            lm(input_ids=tokens, use_cache=False)
+    except _Captured as stop:
+        return stop.args[0]
+    finally:
+        handle.remove()
+
+
+def load_lm(path, *, device="cpu", layer=None):
+    """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a GPU.
+    layer: keep only what `capture` runs for that layer, without the later blocks and the head. Raises UserError."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else a hub model without safetensors is fetched twice
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with blame(f"cannot load the language model {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if device != "cpu" else torch.float32)
+    if layer is not None:
+        lm = lm.base_model
+        del find_blocks(lm, layer)[layer + 1:]
+        lm.config.get_text_config().num_hidden_layers = layer + 1
+    return lm.to(device).eval().requires_grad_(False), tokenizer
+
+
+def open_lm(cfg, layer=None):
+    """The run's language model and tokenizer, on its device; layer as in load_lm."""
+    if cfg.model != "tiny":
+        return load_lm(cfg.model, device=cfg.device, layer=layer)
+    if not (cfg.run / "lm").exists():
+        raise UserError(f"there is no {cfg.run}/lm: run the stage `lm` first")
+    return load_lm(cfg.run / "lm", device=cfg.device, layer=layer)
+
+
+# ------------------------------------------------------------------------------------------ text
+# Text becomes documents, documents become windows of T tokens that never leave their document. Training,
+# validation and test differ by document: its hash decides, so that copies of one document fall together.
+
+def docstring_corpus():
+    """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator of strings."""
+    import ast
+    import importlib.util
+    import warnings
+    from tqdm import tqdm
+    files = [file for package in ("numpy", "scipy", "torch")
+             for file in sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+             if not {"tests", "testing"} & set(file.parts)]
+    seen = set()
+    for file in tqdm(files, desc="parsing docstrings", unit="file", disable=None):
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError), warnings.catch_warnings(action="ignore"):
+            nodes = [n for n in ast.walk(ast.parse(file.read_text("utf-8")))
+                     if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            docstrings = [text for text in map(ast.get_docstring, nodes) if text and text not in seen]
+            seen.update(docstrings)
+            if docstrings:
+                yield "\n\n".join(docstrings)
+
+
+def text_rows(source):
+    """Rows of a text, streamed: source is a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION]. UserError."""
+    import datasets
+    datasets.disable_progress_bars()
+    path, (hub_id, _, configuration) = pathlib.Path(source), source.partition(":")
+    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.is_file():
+        raise UserError(f"there is no text file {source}")
+    if not kind and (path.exists() or "/" not in source):
+        raise UserError(f"text {source!r} is neither docstrings, a .txt, .jsonl or .parquet file, nor a hub data set")
+    with blame(f"cannot read the text {source}"):
+        if kind:
+            rows = datasets.load_dataset(kind, data_files=source, split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(hub_id, configuration or None, split="train", streaming=True)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"{source}: a row has no string called 'text', only {', '.join(row)}")
+            yield row["text"].rstrip("\n")
+
+
+def documents(source):
+    """Documents of a text: an iterator of strings; source as in text_rows.
+    A level-1 heading in WikiText's style (` = Title = `) starts a document. Where there is none, blank lines
+    separate the documents of a .txt file that has any; else each row is one. The first 2,000 rows decide."""
+    rows = text_rows(source)
+    first = list(itertools.islice(rows, 2000))
+    heading = re.compile(r" ?= [^=](.*[^=])? = ?")
+    headings = any(map(heading.fullmatch, first))
+    blanks = source.endswith(".txt") and not all(row.strip() for row in first)
+    lines = []
+    for row in itertools.chain(first, rows):
+        starts = heading.fullmatch(row) if headings else not blanks or not row.strip()
+        if starts and lines:
+            yield "\n".join(lines)
+            lines = []
+        if row.strip():
+            lines.append(row)
+    if lines:
+        yield "\n".join(lines)
+
+
+def split_of(document):
+    """The split of a document, by its hash: a tenth is "validation", a tenth is "test", the rest is "train"."""
+    return {0: "validation", 1: "test"}.get(zlib.crc32(document.encode("utf-8", "replace")) % 10, "train")
+
+
+def windows(texts, tokenizer, T, split):
+    """Windows of T tokens inside the documents of one split: an iterator of (document's number, ids).
+    ids is an int32 array, the tokenizer's BOS in front where it has one. A document's incomplete last window is
+    left out."""
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    chosen = (text for text in texts if split_of(text) == split)
+    for first in itertools.count(step=64):                # documents that are tokenised at once
+        batch = list(itertools.islice(chosen, 64))
+        if not batch:
+            return
+        for number, ids in enumerate(tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], first):
+            for at in range(0, len(ids) - T + 1, T):
+                yield number, np.array(front + ids[at:at + T], dtype=np.int32)
+
+
+def shuffled(items, size, rng):
+    """Shuffle a stream through a buffer of `size` items; rng is a random.Random."""
+    buffer = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+        else:
+            at = rng.randrange(size)
+            buffer[at], item = item, buffer[at]
+            yield item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
+    """Endless shuffled windows, epoch after epoch, fixed by the seed: (epoch, document's number, ids).
+    buffer is in tokens. Raises UserError if the split has not one window."""
+    for epoch in itertools.count():
+        rng, found = random.Random(f"{seed}/{split}/{epoch}"), False
+        for number, ids in shuffled(windows(documents(source), tokenizer, T, split), max(1, buffer // T), rng):
+            found = True
+            yield epoch, number, ids
+        if not found:
+            raise UserError(f"{source}: no document of the {split} split has {T} tokens; lower --window or give more "
+                            f"documents (a tenth of them serves for validation, a tenth for test)")
+
+
+def take_windows(stream, count):
+    """The next windows of a stream: (epoch of the last, documents' numbers (count,), ids (count, T))."""
+    epochs, numbers, ids = zip(*itertools.islice(stream, count), strict=True)
+    return epochs[-1], torch.tensor(numbers), torch.from_numpy(np.stack(ids)).long()
+
+
+def text_source(cfg):
+    """What `documents` reads for this run. The docstring corpus is parsed once and kept in the run directory."""
+    if cfg.text != "docstrings":
+        return cfg.text
+    corpus = cfg.run / "corpus.jsonl"
+    if not corpus.exists():
+        with replacing(corpus) as temporary, open(temporary, "w") as file:
+            file.writelines(json.dumps({"text": document}) + "\n" for document in docstring_corpus())
+    return str(corpus)
+
+
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE with a BOS token, as a transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
+
+
+def run_lm(cfg):
+    """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
+    if cfg.model != "tiny" or (cfg.run / "lm").exists():
+        return print(f"lm: nothing to train, the model is {cfg.run / 'lm' if cfg.model == 'tiny' else cfg.model}")
+    source = text_source(cfg)
+    tokenizer = train_tokenizer((text for text in documents(source) if split_of(text) == "train"), 4096)
+    torch.manual_seed(cfg.seed)
+    shape = LM_CONFIGS["tiny"] | dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(cfg.device)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=cfg.lm_steps, pct_start=0.1)
+    def nats(tokens):
+        return lm(input_ids=tokens.to(cfg.device), labels=tokens.to(cfg.device), use_cache=False).loss
+    stream = window_stream(source, tokenizer, T=127, split="train", seed=cfg.seed)
+    for _ in (bar := tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None)):
+        loss = nats(take_windows(stream, 32)[2])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(nats=f"{loss.item():.2f}", refresh=False)
+    held_out_ids = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=cfg.seed), 256)[2]
+    with torch.no_grad():
+        loss = float(np.mean([nats(tokens).item() for tokens in held_out_ids.split(32)]))
+    with replacing(cfg.run / "lm") as temporary:
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    write_results(cfg, "lm", dict(nats_per_token=loss, perplexity=math.exp(loss)))
+    print(f"lm: held-out {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}; saved in {cfg.run / 'lm'}")
+
+
+# ------------------------------------------------------------------------------------------ activation stream
+# Windows are extracted a chunk at a time, so that activations exist for one chunk only. Inside a chunk tokens are
+# shuffled and cut into equal batches of about B: every token of a window is used once, and (seed, step) fixes the
+# batch, whoever reads it. So all arms of a run see the same data, and an interrupted run goes on where it was.
+# The first position is left out (skip = 1): an attention sink, whose norm in large models dwarfs all others.
+
+def extract(lm, layer, ids, *, skip=1, at_once=64):
+    """Activations of windows: ids (W, T) -> (W·(T - skip), D) in fp32, at_once windows in each forward."""
+    device, width, rows = next(lm.parameters()).device, ids.shape[1] - skip, None
+    for at in range(0, len(ids), at_once):
+        raw = capture(lm, layer, ids[at:at + at_once].to(device))[:, skip:].flatten(0, 1)
+        if rows is None:
+            rows = torch.empty(len(ids) * width, raw.shape[1], device=device)
+        rows[at * width:at * width + len(raw)] = raw
+    return rows
+
+
+def chunk_plan(*, tokens, chunk, batch, rows):
+    """(windows, batches) of each chunk, for `tokens` in all; rows is how many tokens of a window are used."""
+    full, total = max(1, chunk // rows), math.ceil(tokens / rows)
+    sizes = [full] * (total // full) + [total % full] * (total % full > 0)
+    return [(size, max(1, round(size * rows / batch))) for size in sizes]
+
+
+def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=0, skip=1, start=0):
+    """Shuffled batches of standardised activations: an iterator of (step, epoch of the text, x (B, D)).
+    stream as from window_stream, plan as from chunk_plan; epochs: how often each chunk is used. start is the
+    first step wanted: chunks that lie before it cost no forward."""
+    step = 0
+    for number, (size, steps) in enumerate(plan):
+        text_epoch, _, ids = take_windows(stream, size)
+        if step + steps * epochs <= start:
+            step += steps * epochs
+            continue
+        x = extract(lm, layer, ids, skip=skip)
+        for epoch in range(epochs):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{number}/{epoch}".encode()))
+            for picked in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(steps):
+                if step >= start:
+                    yield step, text_epoch, standardiser.encode(x[picked])
+                step += 1
+
+
+def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
+    """Mean and std per dimension over at least `tokens` activations: (Standardiser, facts about them).
+    A dimension that never varies gets std 1 and is counted in the facts. Raises UserError on non-finite values."""
+    count, total, squares, norms = 0, 0, 0, []
+    while count < tokens:
+        raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip).double()
+        if not raw.isfinite().all():
+            raise UserError(f"the language model gives non-finite activations at layer {layer}")
+        count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
+        norms.append(raw.norm(dim=1))
+    mean, norms = total / count, torch.cat(norms)
+    variance = squares / count - mean.square()
+    constant = variance <= 1e-12 * squares / count
+    facts = dict(tokens=count, constant_dimensions=int(constant.sum()),
+                 largest_norm_over_median=float(norms.max() / norms.median()))
+    return Standardiser(mean.float(), variance.sqrt().masked_fill(constant, 1.0).float()), facts
+
+
+def open_data(cfg, *, whole=False):
+    """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives, standardiser.
+    A run's first call writes its config.json and its standardiser, and prints what the latter saw."""
+    from safetensors.torch import load_file, save_file
+    lm, tokenizer = open_lm(cfg, None if whole else cfg.layer)
+    source, skip = text_source(cfg), 0 if cfg.keep_first else 1
+    def stream(split):
+        return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed)
+    path = cfg.run / "standardiser.safetensors"
+    if not path.exists():
+        standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
+        write_json(cfg.run / "config.json", cfg.fields)
+        with replacing(path) as temporary:
+            save_file(standardiser.state_dict(), temporary)
+        print("standardiser: {tokens:,} tokens; largest norm {largest_norm_over_median:.1f} times the median; "
+              "{constant_dimensions} constant dimensions".format(**facts))
+    with blame(f"{path} is damaged"):
+        standardiser = Standardiser(**load_file(path, device=cfg.device))
+    return types.SimpleNamespace(lm=lm, D=lm.config.get_text_config().hidden_size, stream=stream, skip=skip,
+                                 rows=cfg.window + (tokenizer.bos_token_id is not None) - skip,
+                                 standardiser=standardiser)
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+# Held-out documents only. Sums are kept in float64 and by document: tokens of one document are not independent,
+# so a gain's interval comes from resampling documents, both arms on the same ones (Efron, 1979).
+
+def path_sums(parts):
+    """x_hat by path, from an arm's parts: the SAE's alone ("sae"), with each other part added, and "full"."""
+    paths = {f"sae+{name}": parts["sae"] + part for name, part in parts.items() if name != "sae"}
+    return {"sae": parts["sae"]} | paths | {"full": sum(parts.values())}
+
+
+def held_out_batches(cfg, data, split, tokens):
+    """Held-out activations, 64 windows at a time: an iterator of (x, documents' numbers from 0, both by token)."""
+    _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
+    numbers = numbers.unique(return_inverse=True)[1].repeat_interleave(data.rows).to(cfg.device)
+    for at in range(0, len(ids), 64):
+        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids[at:at + 64], skip=data.skip))
+        yield x, numbers[at * data.rows:(at + 64) * data.rows]
+
+
+@torch.no_grad()
+def evaluate(models, batches, *, std):
+    """Errors of several models over the same batches of (x (B, D), documents' numbers (B,)), in float64.
+    std (D,) turns errors into raw units. Returns {model: results}; mse, fvu, fvu_raw and sse, an array by document,
+    go by path, magnitude = mean |part| by part; l0 is the mean number of kept features above 0.
+    fvu = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
+    tokens, total, squares, variance = 0, 0, 0, std.double().square()
+    errors, magnitudes, kept = {}, {}, {}
+    for x, numbers in batches:
+        tokens, total, squares = tokens + len(x), total + x.double().sum(0), squares + x.double().square().sum(0)
+        for name, model in models.items():
+            kept.setdefault(name, torch.zeros(model.learner.F, device=x.device))
+            parts = model(x, counts=kept[name])
+            for part, value in parts.items():
+                magnitudes[name, part] = magnitudes.get((name, part), 0) + value.double().abs().sum().item()
+            for path, x_hat in path_sums(parts).items():
+                error = (x_hat - x).double().square()     # (B, D)
+                both = torch.stack([error.sum(1), error @ variance], 1)
+                so_far = errors.get((name, path), both.new_zeros(0, 2))
+                longer = both.new_zeros(max(len(so_far), int(numbers.max()) + 1), 2)
+                longer[:len(so_far)] = so_far
+                errors[name, path] = longer.index_add_(0, numbers, both)
+    spread = squares - total.square() / tokens            # (D,) Σ (x - mean)²
+    scale = {"mse": tokens * len(std), "fvu": spread.sum().item(), "fvu_raw": (spread @ variance).item()}
+    results = {name: dict(mse={}, fvu={}, fvu_raw={}, sse={}, magnitude={}, tokens=tokens,
+                          l0=kept[name].sum().item() / tokens) for name in models}
+    for (name, path), by_document in errors.items():
+        for measure, column in (("mse", 0), ("fvu", 0), ("fvu_raw", 1)):
+            results[name][measure][path] = by_document[:, column].sum().item() / scale[measure]
+        results[name]["sse"][path] = by_document[:, 0].cpu().numpy()
+    for (name, part), value in magnitudes.items():
+        results[name]["magnitude"][part] = value / scale["mse"]
+    return results
+
+
+def gain(sse, sse_base, *, resamples=2000, seed=0):
+    """Share of the base's error that is gone, 1 - Σ sse / Σ sse_base: [gain, low, high].
+    sse, sse_base (documents,): low and high bound 95 % by a percentile bootstrap over documents."""
+    from scipy.stats import bootstrap
+    def statistic(a, b, axis=-1):
+        return 1 - a.sum(axis) / b.sum(axis)
+    if len(sse) < 2:
+        return [float(statistic(sse, sse_base)), math.nan, math.nan]
+    interval = bootstrap((sse, sse_base), statistic, paired=True, vectorized=True, method="percentile", batch=100,
+                         n_resamples=resamples, rng=np.random.default_rng(seed)).confidence_interval
+    return [float(statistic(sse, sse_base)), float(interval.low), float(interval.high)]
+
+
+# ------------------------------------------------------------------------------------------ training
+# One flat loop. A candidate is an arm at one learning rate; all candidates take each batch in turn, so that they
+# are compared on the same tokens in the same order. Each arm is then represented by its best rate on validation
+# documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
+
+@dataclasses.dataclass
+class Candidate:
+    """An arm at one learning rate, `step` steps old.
+    counts (F,): how many of the last `counted` tokens of training kept each feature; losses: since the last log."""
+
+    arm: str
+    lr: float
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    counts: torch.Tensor
+    counted: int = 0
+    step: int = 0
+    losses: list = dataclasses.field(default_factory=list)
+
+
+def make_optimizer(model, *, lr, eps=1e-8):
+    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
+    return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr, eps=eps, fused=True)
+
+
+def learning_rate(lr, step, steps, decay=0.8):
+    """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: over that many steps)."""
+    return lr * (1 - 0.9 * min(1.0, step / (decay * steps if decay <= 1 else decay)))
+
+
+def training_step(model, optimizer, x, *, generator=None, counts=None):
+    """One step on x (B, D): loss = mean((x_hat - x)²), gradient norm clipped at 1, Adam. Returns the loss.
+    generator draws the dropout mask; counts as in DualEncoder.forward."""
+    loss = (sum(model(x, generator, counts).values()) - x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout, on_log):
+    """The loop: every candidate takes every batch (step, epoch, x) that it has not had yet.
+    on_log(epoch) is called about fifty times a run, once the losses since its last call were found finite.
+    Raises UserError, naming arm and step, for one that is not."""
+    every = max(1, steps // 50)
+    counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # dead: kept by none of these last tokens
+    for step, epoch, x in batches:
+        for c in candidates:
+            if step < c.step:                             # it had this batch before the run was interrupted
+                continue
+            for group in c.optimizer.param_groups:
+                group["lr"] = learning_rate(c.lr, step, steps, decay)
+            generator = None
+            if dropout:                                   # a mask of its own, whoever else is trained in this pass
+                generator = torch.Generator(x.device)
+                generator.manual_seed(zlib.crc32(f"{seed}/{c.arm}/{step}".encode()))
+            counting = step >= steps - counted_steps
+            c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype), generator=generator,
+                                          counts=c.counts if counting else None))
+            c.counted += len(x) * counting
+            c.step = step + 1
+        if (step + 1) % every == 0 or step + 1 == steps:
+            for c in candidates:
+                finite = [bool(loss.isfinite()) for loss in c.losses]
+                if not all(finite):
+                    raise UserError(f"arm {c.arm} at lr {c.lr:g}: the loss is not finite at step "
+                                    f"{c.step - len(finite) + finite.index(False)}; lower --lr (checkpoints are kept)")
+            on_log(epoch)
+            for c in candidates:
+                c.losses.clear()
+
+
+def save_checkpoint(path, candidates, config):
+    """Write all that the training of an arm's candidates resumes from. UserError if their weights are not finite."""
+    for c in candidates:
+        if not all(p.isfinite().all() for p in c.model.parameters()):
+            raise UserError(f"arm {c.arm} at lr {c.lr:g}: weights are not finite at step {c.step}; lower --lr "
+                            f"(the last checkpoint is kept)")
+    state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
+        dict(lr=c.lr, step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
+             counted=c.counted) for c in candidates])
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, candidates, config):
+    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged or foreign file."""
+    with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
+        state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
+        if state["arm"] != candidates[0].arm or json.loads(state["config"]) != config:
+            raise ValueError("it belongs to another arm or another configuration")
+        for c, stored in zip(candidates, state["candidates"], strict=True):
+            c.model.load_state_dict(stored["model"])
+            c.optimizer.load_state_dict(stored["optimizer"])
+            c.counts.copy_(stored["counts"])
+            c.counted, c.step = stored["counted"], stored["step"]
+
+
+def arm_bytes(model, *, rates, batch):
+    """Bytes that training an arm at `rates` learning rates holds throughout, and needs on top during a step."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return rates * (4 * count_parameters(model) + 8 * trained), 4 * trained + 2 * 4 * batch * model.learner.F
+
+
+def memory_budget(device):
+    """Bytes to plan with: nine tenths of what is free on a GPU, half of this machine's memory for a CPU."""
+    if device.startswith("cuda"):
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group_passes(costs, budget):
+    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> list of lists of arms."""
+    groups = [[]]
+    for name in costs:
+        held, extra = zip(*(costs[other] for other in (*groups[-1], name)), strict=True)
+        if groups[-1] and sum(held) + max(extra) > budget:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
+
+
+def train_pass(cfg, data, arms):
+    """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
+    Each arm's best candidate becomes ARM.safetensors."""
+    from tqdm import tqdm
+    everyone = list(itertools.chain(*arms.values()))
+    plan = chunk_plan(tokens=cfg.tokens, chunk=cfg.chunk, batch=cfg.batch, rows=data.rows)
+    steps = cfg.chunk_epochs * sum(batches for _, batches in plan)
+    log = cfg.run / "train.jsonl"
+    for name, candidates in arms.items():
+        if (cfg.run / f"{name}.ckpt").exists():
+            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
+            print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
+    start, saved = min(c.step for c in everyone), time.monotonic()
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    ages = {c.arm: c.step for c in everyone}
+    with replacing(log) as temporary:                     # what was logged after the checkpoint will be logged again
+        temporary.write_text("".join(line for line in lines if (entry := json.loads(line))["step"]
+                                     <= ages.get(entry["arm"], math.inf)))
+
+    def on_log(epoch):
+        nonlocal saved
+        with open(log, "a") as file:
+            for c in everyone:
+                if c.losses:
+                    file.write(json.dumps(dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1,
+                                               mse=torch.stack(c.losses).mean().item())) + "\n")
+        if time.monotonic() - saved >= 60 * cfg.save_minutes:
+            for name, candidates in arms.items():
+                save_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
+            saved = time.monotonic()
+
+    batches = activation_batches(
+        data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan, epochs=cfg.chunk_epochs,
+        seed=cfg.seed, skip=data.skip, start=start)
+    bar = tqdm(batches, desc=f"training {len(everyone)} candidates", unit="step", total=steps, initial=start, disable=None)
+    train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay, dropout=cfg.dropout,
+                     on_log=on_log)
+    validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone},
+                         held_out_batches(cfg, data, "validation", cfg.eval_tokens // 4), std=data.standardiser.std)
+    for name, candidates in arms.items():
+        errors = {c.lr: validated[name, c.lr]["mse"]["full"] for c in candidates}
+        best = min(candidates, key=lambda c: errors[c.lr])
+        save_arm(cfg.run / f"{name}.safetensors", best.model, data.standardiser, dict(
+            arm=name, D=data.D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top, dropout=cfg.dropout,
+            lr=best.lr, validation_mse={f"{lr:g}": mse for lr, mse in errors.items()}, steps=steps,
+            dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted, run=cfg.fields))
+        (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
+        print(f"train: {name}: validation mse " + ", ".join(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
+
+
+def run_train(cfg):
+    """Stage `train`: train the arms named that are not there yet, in as few passes as memory allows."""
+    sizes = dict(F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding)
+    with torch.device("meta"):                            # a name that cannot be is refused before any work
+        for name in cfg.arms:
+            make_arm(name, D=1, **sizes, parent=DualEncoder(TopKSAE(1, cfg.features, cfg.k)))
+    wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
+    if not wanted:
+        return print(f"train: all there: {' '.join(cfg.arms)}")
+    children = [name for name in wanted if name in CHILDREN]
+    if children and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
+        raise UserError(f"arm {children[0]} is built on a trained `sae`: train that first")
+    data = open_data(cfg)
+    for generation in ([name for name in wanted if name not in children], children):
+        def build(name, generation=generation):
+            parent = load_arm(cfg.run / "sae.safetensors") if generation is children else None
+            torch.manual_seed(cfg.seed)                   # one draw for all arms and rates
+            return make_arm(name, D=data.D, **sizes, parent=parent, top=cfg.top, dropout=cfg.dropout)
+
+        def candidate(name, lr, build=build):
+            model = build(name).to(cfg.device, getattr(torch, cfg.param_dtype)).train()
+            return Candidate(name, lr, model, make_optimizer(model, lr=lr, eps=cfg.adam_eps),
+                             torch.zeros(model.learner.F, device=cfg.device))
+        costs = {name: arm_bytes(build(name), rates=len(cfg.lr), batch=cfg.batch) for name in generation}
+        for names in filter(None, group_passes(costs, memory_budget(cfg.device))):
+            train_pass(cfg, data, {name: [candidate(name, lr) for lr in cfg.lr] for name in names})
+
+
+# ------------------------------------------------------------------------------------------ reconstruction
+# Claims 1 to 4 of the paper, each under the paper's own metric and under the controls that could refute it. A
+# claim is data: what it says, the paper's value, and where in results/recon.json its figures stand.
+
+RECON_CLAIMS = (
+    ("claim 1: joint training cuts the reconstruction error (paper: 41.3 %, mse 0.275 to 0.162)", (
+        ("paper's metric", "joint against its own SAE path", "joint/improvement/published"),
+        ("control", "joint against sae", "joint/improvement/matched"),
+        ("", "sae-2dec, exactly an SAE, against its own SAE path", "sae-2dec/improvement/published"),
+        ("", "sae-2dec against sae", "sae-2dec/improvement/matched"),
+        ("", "joint against sae-2dec", "joint/improvement/vs_sae-2dec"),
+        ("", "joint against sae@matched, an SAE of as many parameters", "joint/improvement/parameter_matched"))),
+    ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
+        ("paper's metric", "sequential against the SAE cut to its top features", "sequential/improvement/published"),
+        ("control", "residual-sae against the same", "residual-sae/improvement/published"),
+        ("", "sequential against the uncut sae", "sequential/improvement/matched"),
+        ("", "residual-sae against the uncut sae", "residual-sae/improvement/matched"))),
+    ("claim 3: the interaction is a small share of the NFM (paper: joint 6 %, sequential 4.5 %); paths sub-additive", (
+        ("paper's metric", "joint: interaction's share of mean |output|", "joint/interaction_share"),
+        ("", "sequential: interaction's share of mean |output|", "sequential/interaction_share"),
+        ("control", "joint: error cut by adding the linear path alone", "joint/cut/add_linear"),
+        ("", "joint: error cut by adding the interaction alone", "joint/cut/add_interaction"),
+        ("", "joint: these two cuts less the cut by both", "joint/cut/sum_less_both"),
+        ("", "joint: error added by leaving out the linear path", "joint/cut/leave_out_linear"),
+        ("", "joint: error added by leaving out the interaction", "joint/cut/leave_out_interaction"),
+        ("", "joint against joint-linear, trained without interaction", "joint/improvement/vs_joint-linear"),
+        ("", "joint against joint-interaction, trained without linear", "joint/improvement/vs_joint-interaction"),
+        ("", "joint-linear against sae", "joint-linear/improvement/matched"),
+        ("", "joint-interaction against sae", "joint-interaction/improvement/matched"),
+        ("", "joint-mlp, without a product, against sae", "joint-mlp/improvement/matched"))),
+    ("claim 4: the SAE alone explains most of the variance (paper: 86.4 %, mse 0.136)", (
+        ("paper's metric", "sae: 1 - mse, yet on documents held out", "sae/explained/standardised"),
+        ("control", "sae: 1 - fvu", "sae/explained/held_out_variance"),
+        ("", "sae: 1 - fvu in raw space", "sae/explained/raw"),
+        ("", "sae: dead features", "sae/dead"))))
+
+
+def percent(value):
+    """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
+    if isinstance(value, list):
+        return f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def arm_results(name, measured, config, params):
+    """An arm's entry in recon.json, from what evaluate measured of all arms."""
+    own = measured[name]
+    mse, fvu, fvu_raw = (own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw"))
+    entry = dict(mse=mse, fvu=fvu, fvu_raw=fvu_raw, l0=own["l0"], params=params,
+                 explained=dict(standardised=1 - mse, held_out_variance=1 - fvu, raw=1 - fvu_raw),
+                 **{key: config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")})
+    bases = dict(matched="sae", parameter_matched="sae@matched")
+    bases |= {f"vs_{base}": base for base in ("sae-2dec", "joint-linear", "joint-interaction")}
+    intervals = {key: gain(own["sse"]["full"], measured[base]["sse"]["full"]) for key, base in bases.items()
+                 if base in measured and base != name}
+    if len(own["magnitude"]) > 1:                         # more than the SAE path
+        entry |= dict(fvu_by_path=own["fvu"], mse_by_path=own["mse"], magnitude=own["magnitude"])
+        intervals["published"] = gain(own["sse"]["full"], own["sse"]["sae"])
+    if {"linear", "interaction"} <= set(own["magnitude"]):
+        cut = {path: 1 - value / own["mse"]["sae"] for path, value in own["mse"].items()}
+        linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
+        entry |= dict(interaction_share=interaction / (linear + interaction), cut=dict(
+            add_linear=cut["sae+linear"], add_interaction=cut["sae+interaction"],
+            leave_out_linear=cut["full"] - cut["sae+interaction"],
+            leave_out_interaction=cut["full"] - cut["sae+linear"],
+            sum_less_both=cut["sae+linear"] + cut["sae+interaction"] - cut["full"]))
+    return entry | dict(improvement={key: value[0] for key, value in intervals.items()}, interval=intervals)
+
+
+def load_arms(cfg, D):
+    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit the run."""
+    models = {path.stem: load_arm(path).to(cfg.device) for path in sorted(cfg.run.glob("*.safetensors"))
+              if path.name != "standardiser.safetensors"}
+    for name, model in models.items():
+        if model.config["D"] != D:
+            raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the language model has D={D}")
+        if model.config["run"] != cfg.fields:
+            raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration than this run's")
+    if "sae" not in models:
+        raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
+    return models
+
+
+def run_recon(cfg):
+    """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
+    from tqdm import tqdm
+    path = cfg.run / "results" / "recon.json"
+    inputs = {file.name: file.stat().st_mtime_ns for file in sorted(cfg.run.glob("*.safetensors"))}
+    if not path.exists() or read_json(path).get("inputs") != inputs:
+        data = open_data(cfg)
+        models = load_arms(cfg, data.D)
+        batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
+        bar = tqdm(batches, desc="recon", unit="batch", total=math.ceil(cfg.eval_tokens / data.rows / 64), disable=None)
+        measured = evaluate(models, bar, std=data.standardiser.std)
+        write_results(cfg, "recon", dict(
+            inputs=inputs, tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
+            arms={name: arm_results(name, measured, m.config, count_parameters(m)) for name, m in models.items()}))
+    print_recon(cfg, read_json(path))
+
+
+def print_recon(cfg, results):
+    """Print the tables of stage `recon` from its results file and the training log."""
+    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
+    print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents at layer "
+          f"{cfg.layer}, after training on {cfg.tokens:,} tokens, seed {cfg.seed}")
+    table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
+        (name, f"{a['params']:,}", f"{a['lr']:g}", f"{a['mse']:.4f}", f"{a['fvu']:.4f}", f"{a['fvu_raw']:.4f}",
+         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["interval"].get("matched"))) for name, a in arms.items()))
+    print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: bootstrap over "
+          f"documents, one training seed")
+    print("\nfvu by path")
+    table(("arm", *paths), *((name, *(f"{a['fvu_by_path'][p]:.4f}" if p in a["fvu_by_path"] else "-" for p in paths))
+                             for name, a in arms.items() if "fvu_by_path" in a))
+    for claim, rows in RECON_CLAIMS:
+        print(f"\n{claim}")
+        for kind, label, where in rows:
+            value = arms
+            for key in where.replace("improvement", "interval").split("/"):
+                value = value.get(key) if value else None
+            print(f"  {kind:16}{label:58}{percent(value):>24}")
+    entries = [json.loads(line) for line in (cfg.run / "train.jsonl").read_text().splitlines()]
+    print("\nConvergence: validation mse at each learning rate, and training mse at the best one along the steps")
+    rows = []
+    for name, a in arms.items():
+        curve = [e["mse"] for e in entries if e["arm"] == name and e["lr"] == a["lr"]]
+        along = [curve[math.ceil(part * len(curve)) - 1] for part in (0.25, 0.5, 0.75, 1)] if curve else [math.nan] * 4
+        rows.append((name, *(f"{value:.4f}" for value in (*a["validation_mse"].values(), *along))))
+    table(("arm", *(f"lr {lr:g}" for lr in cfg.lr), "25 %", "50 %", "75 %", "100 %"), *rows)
+    edge = [name for name, a in arms.items() if len(cfg.lr) > 1 and a["lr"] in (min(cfg.lr), max(cfg.lr))]
+    print(f"  training read {max((e['text_epoch'] for e in entries), default=0)} epoch(s) of the text; best at the edge "
+          f"of the rates tried, so that more --lr might do better: {' '.join(edge) or 'none'}")
+
+
+# ------------------------------------------------------------------------------------------ plan
+# What a run costs, before anything is downloaded. Modules are built on torch's meta device, which holds no data.
+
+def lm_shape(cfg):
+    """(parameters, parameters of a block, D) of the run's language model, from its configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    known = LM_CONFIGS.get(cfg.model)
+    if known is None and not pathlib.Path(cfg.model).is_dir():
+        raise UserError(f"plan knows {', '.join(LM_CONFIGS)} and directories; {cfg.model} is neither")
+    known = known or read_json(pathlib.Path(cfg.model) / "config.json")
+    with blame(f"{cfg.model} is not a language model that plan can read"), torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
+    blocks = find_blocks(lm, cfg.layer)
+    used = count_parameters(lm.base_model) - sum(map(count_parameters, blocks[cfg.layer + 1:]))
+    return count_parameters(lm), used, sum(map(count_parameters, blocks[:cfg.layer])), lm.config.get_text_config().hidden_size
+
+
+def step_flops(model, D):
+    """Floating-point operations of one training step, a token: the encoder's product, and thrice the sparse rest."""
+    sae, nfm = model.learner, model.nfm
+    sparse = sae.k * D
+    if nfm:
+        K = nfm.V.shape[1] if nfm.pooling else 0
+        sparse += nfm.n * D * nfm.has_linear + 2 * nfm.n * K + K * K + K * D
+    frozen = D * model.sae.F + model.sae.k * D if model.second else 0
+    return 2 * (D * sae.F + 3 * sparse + frozen)
+
+
+def run_plan(cfg):
+    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits; loads no weights."""
+    lm_parameters, lm_used, lm_run, D = lm_shape(cfg)
+    with torch.device("meta"):
+        arms = {name: make_arm(name, D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top,
+                               parent=DualEncoder(TopKSAE(D, cfg.features, cfg.k))) for name in ("joint", *cfg.arms)}
+    joint, whole = arms["joint"], count_parameters(arms["joint"])
+    linear = joint.nfm.W_lin.numel() + joint.nfm.b_lin.numel()
+    print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}; joint has "
+          f"{whole / 1e6:.1f} M parameters: SAE {percent(count_parameters(joint.sae) / whole)}, linear "
+          f"{percent(linear / whole)}, nonlinear {percent((count_parameters(joint.nfm) - linear) / whole)}")
+    arms = {name: arms[name] for name in cfg.arms}
+    costs = {name: arm_bytes(model, rates=len(cfg.lr), batch=cfg.batch) for name, model in arms.items()}
+    table(("arm", "M parameters", "MFLOP a token", "GB held", "GB in a step", "GB of checkpoint"), *(
+        (name, f"{count_parameters(model) / 1e6:.1f}", f"{step_flops(model, D) / 1e6:.1f}",
+         *(f"{size / 1e9:.2f}" for size in (*costs[name], costs[name][0]))) for name, model in arms.items()))
+    print(f"  held: weights and Adam's moments at {len(cfg.lr)} learning rate(s); in a step: gradients, two (B, F)")
+    chunk, held = 4 * D * min(cfg.chunk, cfg.tokens), sum(held for held, _ in costs.values())
+    print(f"language model: {lm_parameters / 1e6:,.1f} M parameters, {lm_used / 1e6:,.1f} M of them in use, "
+          f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB")
+    print(f"disk: {held / 1e9:.2f} GB of checkpoints while training, "
+          f"{sum(4 * count_parameters(model) for model in arms.values()) / 1e9:.2f} GB of arms at the end")
+    for label, bytes_each, budget in ((f"here, on {cfg.device}", 4 if cfg.device == "cpu" else 2,
+                                       memory_budget(cfg.device)), ("on a GPU of 24 GB", 2, 0.9 * 24e9)):
+        budget -= bytes_each * lm_used + chunk
+        misfits = [name for name in costs if sum(costs[name]) > budget]
+        print(f"{label}, {max(0, budget) / 1e9:.1f} GB are left for arms: " + (
+            f"{' '.join(misfits)} will not fit: try fewer --lr, a smaller --features or --batch" if misfits else
+            "fits; passes: " + " | ".join(" ".join(names) for names in group_passes(costs, budget))))
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, "recon": run_recon}
+DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction", "joint-mlp", "sae@matched",
+                "sequential", "residual-sae"]
+
+
+def parser():
+    """The command line: one subparser a stage, each with the flags that it reads."""
+    top = argparse.ArgumentParser(prog="dualenc.py", description=__doc__.split("\n\n")[0])
+    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, function in STAGES.items():
+        summary = function.__doc__.split(": ", 1)[1]
+        sub = stages.add_parser(stage, help=summary, description=summary)
+        if stage in ("plan", "train"):
+            sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, metavar="ARM",
+                             help=f"default: {' '.join(DEFAULT_ARMS)}")
+        sub.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
+        sub.add_argument("--run", help="run directory (default: runs/PRESET)")
+        sub.add_argument("--seed", type=int, help="of data order, weights and dropout (default: 0)")
+        sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
+        if stage == "train":
+            sub.add_argument("--save-minutes", type=float, default=3, help="between checkpoints (default: 3)")
+        for field, (kind, readers, text) in FLAGS.items():
+            if stage in readers.split():
+                tiny = PRESETS["tiny"][field]
+                options = dict(action="store_true", default=None) if kind is bool else dict(
+                    type=kind, nargs="+" if isinstance(tiny, list) else None)
+                sub.add_argument(f"--{field.replace('_', '-')}", help=f"{text}; tiny: {tiny}", **options)
+    for each in (top, *stages.choices.values()):          # complaints on one line
+        each.error = lambda message, each=each: each.exit(2, f"dualenc: {message} (see {each.prog} --help)\n")
+    return top
+
+
+def main(argv=None):
+    """Run a stage. Returns the exit status: 0; 2 after one line on stderr for a mistake of the user's; 130 if stopped."""
+    args = parser().parse_args(argv)
+    try:
+        STAGES[args.stage](resolve(args))
+        return 0
+    except torch.OutOfMemoryError as error:
+        message = f"out of GPU memory: lower --batch, --features or the number of --lr ({str(error).splitlines()[0]})"
+    except KeyboardInterrupt:
+        print("dualenc: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        message = str(error)
+    print(f"dualenc: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
