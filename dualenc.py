@@ -773,9 +773,10 @@ def extract(lm, layer, ids, *, skip=1, at_once=64):
 
 
 def chunk_plan(*, tokens, chunk, batch, rows):
-    """(windows, batches) of each chunk, for `tokens` in all; rows is how many tokens of a window are used."""
-    full, total = max(1, chunk // rows), math.ceil(tokens / rows)
-    sizes = [full] * (total // full) + [total % full] * (total % full > 0)
+    """(windows, batches) of each chunk, all about alike; rows is how many tokens of a window are used."""
+    total = math.ceil(tokens / rows)
+    chunks = math.ceil(total / max(1, chunk // rows))
+    sizes = [total // chunks + (number < total % chunks) for number in range(chunks)]
     return [(size, max(1, round(size * rows / batch))) for size in sizes]
 
 

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Reproduces the paper's claims beside their controls: ./reproduce.sh [tiny|small|paper|author|test]
+# tiny (the default) needs no GPU and no network beyond the package index. What is done is skipped, so that a call
+# after an interruption goes on, and a call after the end only prints.
+set -euo pipefail
+cd "$(dirname "$0")"
+preset=${1:-tiny}
+case $preset in tiny|small|paper|author|test) ;; *)
+  echo "reproduce.sh: unknown preset '$preset': choose tiny, small, paper, author or test" >&2; exit 2 ;; esac
+
+if ! cmp -s requirements.txt .venv/installed 2>/dev/null; then           # a minute, once
+  python3 -m venv .venv
+  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+  cp requirements.txt .venv/installed
+fi
+[ "$preset" = test ] && exec .venv/bin/python -m pytest -q test_dualenc.py
+
+stage() { .venv/bin/python dualenc.py "$1" --preset "$preset" "${@:2}"; }
+
+stage plan       # seconds   what the run will cost, and whether it fits
+stage lm         # tiny: 3 minutes on two cores; the other presets bring their language model along
+stage train      # tiny: 5 minutes on two cores   every arm, one stream of activations
+stage recon      # tiny: half a minute            claims 1 to 4 beside their controls
