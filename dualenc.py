@@ -79,7 +79,8 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:                       # grad_values[b, j] = grad[b] · W[indices[b, j]]
             weights = values.detach().requires_grad_()
             with torch.enable_grad():
-                out = torch.nn.functional.embedding_bag(indices, W.detach(), mode="sum", per_sample_weights=weights)
+                out = torch.nn.functional.embedding_bag(
+                    indices, W.detach(), mode="sum", per_sample_weights=weights)
             grad_values, = torch.autograd.grad(out, weights, grad)
         if ctx.needs_input_grad[2]:
             grad_W = sparse_outer(values, indices, grad, W.shape[0])
@@ -144,8 +145,9 @@ def fm_interaction_pairwise(values, indices, V):
 # trains and one evaluator measures every arm, path by path.
 # Why the paper's baseline is weak: a linear path on the same code is a second decoder. With n = k,
 #     f W_dec + b_dec + f W_lin + b_lin  =  f (W_dec + W_lin) + (b_dec + b_lin),
-# exactly one TopK SAE (fold_linear). The model's "own SAE path", f W_dec + b_dec, is that SAE with part of its
-# decoder cut off, and what the cut costs is reported as the NFM's gain. Hence the arms `sae` and `sae-2dec`.
+# exactly one TopK SAE (fold_linear). The model's "own SAE path", f W_dec + b_dec, is that SAE with part of
+# its decoder cut off, and what the cut costs is reported as the NFM's gain. Hence the arms `sae` and
+# `sae-2dec`.
 
 class UserError(ValueError):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
@@ -173,6 +175,7 @@ class TopKSAE(torch.nn.Module):
         return sparse_decode(values, indices, self.W_dec) + self.b_dec
 
     def forward(self, x):
+        """x_hat of x: (B, D) -> (B, D)."""
         return self.decode(*self.encode(x))
 
 
@@ -210,6 +213,7 @@ class NFM(torch.nn.Module):
         return torch.nn.functional.linear(m.relu(), self.W_2, self.b_2)
 
     def forward(self, values, indices, generator=None):
+        """The paths' outputs, "linear" and "interaction", (B, D) each: values, indices (B, >= n)."""
         parts = {}
         if self.has_linear:
             parts["linear"] = sparse_decode(values[:, :self.n], indices[:, :self.n], self.W_lin) + self.b_lin
@@ -231,11 +235,13 @@ class DualEncoder(torch.nn.Module):
 
     @property
     def learner(self):
+        """The TopKSAE whose features training moves."""
         return self.second or self.sae
 
     def forward(self, x, generator=None, counts=None):
         """x (B, D) -> parts (B, D) that add up to x_hat: "sae", and "linear", "interaction" or "residual".
-        counts: optional (F,) tensor, to which the number of tokens that kept each feature is added in place."""
+        counts: optional (F,) tensor, to which the number of tokens that kept each feature is added in
+        place."""
         values, indices = self.sae.encode(x)
         parts = {"sae": self.sae.decode(values, indices)}
         if self.nfm:
@@ -250,12 +256,12 @@ class DualEncoder(torch.nn.Module):
 
 ARMS = {   # arm: the paths of its NFM (None: it has no NFM)
     "sae": None,
-    "sae-2dec": dict(pooling=None),                       # reads all k: exactly an SAE, the zero of the linear gain
+    "sae-2dec": dict(pooling=None),                       # its NFM reads all k: exactly an SAE
     "joint": dict(),
     "joint-linear": dict(pooling=None),
     "joint-interaction": dict(linear=False),
     "joint-mlp": dict(pooling="sum"),
-    "sequential": dict(),                                 # on the residual of `sae`, frozen and cut to its top
+    "sequential": dict(),                                 # on the residual of the frozen, cut `sae`
     "residual-sae": None,                                 # a second SAE on that same residual
 }
 CHILDREN = ("sequential", "residual-sae")                 # trained after `sae`, on top of it
@@ -268,13 +274,14 @@ def count_parameters(model):
 
 def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     """Build the arm called `name`, its weights drawn from torch's global generator: a DualEncoder.
-    A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as make
-    its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied, frozen, cut
-    to its `top` largest features (default n). Raises UserError for an unknown name or size, or a missing parent."""
+    A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as
+    make its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied,
+    frozen, cut to its `top` largest features (default n). Raises UserError for an unknown name or size, or a
+    missing parent."""
     base, _, size = name.partition("@")
     if base not in ARMS or (size and base in CHILDREN):
-        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two also take a "
-                        f"size: sae@12000, sae@0.5x, sae@matched")
+        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two "
+                        f"also take a size: sae@12000, sae@0.5x, sae@matched")
     if size == "matched" and base == "sae":
         with torch.device("meta"):
             joint = count_parameters(DualEncoder(TopKSAE(D, F, k), NFM(F, D, K, n)))
@@ -282,18 +289,18 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     elif re.fullmatch(r"\d+|\d*\.?\d+x", size):
         F = round(float(size[:-1]) * F) if size[-1] == "x" else int(size)
     elif size:
-        raise UserError(f"arm {name!r}: a size is a number of features, a multiple as in 0.5x, or sae's @matched")
+        raise UserError(f"arm {name!r}: a size is a number of features, a multiple (0.5x), or sae@matched")
     if F < k:
         raise UserError(f"arm {name!r} has {F} features, fewer than k={k}")
     paths = ARMS[base]
     if base not in CHILDREN:
-        sae = TopKSAE(D, F, k)                            # drawn first: one seed, one SAE to start from in any arm
+        sae = TopKSAE(D, F, k)                            # first: one seed, one SAE to start from in any arm
         n = k if base == "sae-2dec" else n
         return DualEncoder(sae, None if paths is None else NFM(F, D, K, n, dropout=dropout, **paths))
     if parent is None:
         raise UserError(f"arm {name!r} is built on a trained `sae`: train that first")
     frozen, top = copy.deepcopy(parent.sae).requires_grad_(False), top or n
-    frozen.k = top                                        # both sides of the paper's comparison read the top ones
+    frozen.k = top                                        # both sides of the comparison read the top ones
     if paths is None:
         return DualEncoder(frozen, second=TopKSAE(D, F, top))
     return DualEncoder(frozen, NFM(F, D, K, top, dropout=dropout, **paths))
@@ -316,17 +323,17 @@ def fold_linear(model):
 
 
 # ------------------------------------------------------------------------------------------ files
-# What is on disk is whole: a file is written beside its place and moved there. An arm's file is self-contained:
-# weights, the standardiser of its run, the configuration that made it.
+# What is on disk is whole: a file is written beside its place and moved there. An arm's file is
+# self-contained: weights, the standardiser of its run, the configuration that made it.
 
 @contextlib.contextmanager
 def blame(what):
     """Turn whatever a library raises inside into a UserError of one line: what, and the library's reason."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:                            # foreign files and networks fail in many ways
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
+            raise
         raise UserError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
 
 
@@ -387,7 +394,8 @@ def save_arm(path, model, standardiser, config):
 
 def load_arm(path):
     """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
-    model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged or foreign file."""
+    model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged or foreign
+    file."""
     from safetensors import safe_open
     with blame(f"{path} is not an arm that this program wrote, or is damaged"):
         with safe_open(path, "pt") as file:
@@ -397,21 +405,22 @@ def load_arm(path):
         with torch.device("meta"):                        # shapes only; the file's tensors take their places
             parent = DualEncoder(TopKSAE(config["D"], config["F"], config["k"]))
             model = make_arm(config["arm"], parent=parent, **sizes)
-        model.load_state_dict({k[6:]: tensor for k, tensor in tensors.items() if k.startswith("model.")}, assign=True)
+        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights, assign=True)
         model.standardiser = Standardiser(tensors["standardiser.mean"], tensors["standardiser.std"])
         model.config = config
     return model.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------ presets and runs
-# A run is a directory. Its config.json holds every field below, written by the first stage that makes something;
-# later stages read it, so that a flag is given once, and refuse a flag that contradicts it.
+# A run is a directory. Its config.json holds every field below, written by the first stage that makes
+# something; later stages read it, so that a flag is given once, and refuse a flag that contradicts it.
 
 PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
-    features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, lr=[1e-4, 4e-4],
-    decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000, param_dtype="float32",
-    adam_eps=1e-8, keep_first=False, lm_steps=0)}
+    features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200,
+    lr=[1e-4, 4e-4], decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
+    param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=0)}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
@@ -419,10 +428,10 @@ PRESETS["small"] = PRESETS["paper"] | dict(
     lr=[1e-3, 2e-3], chunk=100_000)
 PRESETS["tiny"] = PRESETS["small"] | dict(
     model="tiny", text="docstrings", layer=2, features=2048, k=41, n=20, embedding=32, top=10, batch=1024,
-    lr=[4e-3, 8e-3], tokens=1_000_000, eval_tokens=100_000, lm_steps=420)
+    lr=[4e-3, 8e-3], tokens=1_000_000, eval_tokens=100_000, lm_steps=840)
 
 FLAGS = {   # field: (type, stages that read it, help); the flag is --field
-    "model": (str, "plan lm train recon", "hub name or directory of a causal LM; 'tiny' trains one on the spot"),
+    "model": (str, "plan lm train recon", "causal LM, on the hub or a directory; 'tiny' trains one"),
     "text": (str, "lm train recon", "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION]"),
     "layer": (int, "plan train recon", "block whose input is read, from 0 (paper: 16 of 26)"),
     "features": (int, "plan train", "F, features of the SAE (paper: 50,000)"),
@@ -433,12 +442,12 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "dropout": (float, "train", "probability, on z (published code: 0.15)"),
     "window": (int, "plan train recon", "T, tokens in a window (paper: 50)"),
     "batch": (int, "plan train", "B, tokens in a batch (paper: 3200)"),
-    "lr": (float, "plan train", "learning rates, one or more; each arm keeps its best on validation (paper: 1e-4)"),
+    "lr": (float, "plan train", "learning rates; each arm keeps its best on validation (paper: 1e-4)"),
     "decay": (float, "train", "share of the steps (above 1: steps) over which lr falls to a tenth"),
     "tokens": (int, "plan train", "tokens to train on, each once (paper: 5,000,000)"),
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
-    "eval_tokens": (int, "train recon", "held-out tokens of recon; a quarter as many choose the learning rate"),
+    "eval_tokens": (int, "train recon", "tokens of the test split; a quarter as many choose the rate"),
     "param_dtype": (str, "train", "of the weights: float32, or float16 as in the published code"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
     "keep_first": (bool, "train recon", "keep each window's first position, an attention sink, in the data"),
@@ -448,52 +457,54 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
 
 def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag."""
-    for field in ("features", "k", "n", "embedding", "top", "batch", "tokens", "chunk", "chunk_epochs", "eval_tokens"):
-        if getattr(cfg, field) < 1:
+    for field, (kind, *_) in FLAGS.items():
+        if kind is int and field not in ("layer", "lm_steps") and getattr(cfg, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(cfg, field)}")
     for small, large in (("k", "features"), ("n", "k"), ("top", "k")):
         if getattr(cfg, small) > getattr(cfg, large):
             raise UserError(f"--{small} {getattr(cfg, small)} is more than --{large} {getattr(cfg, large)}")
-    for good, rule in ((min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
-                       (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
-                       (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
-                       (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
-                       (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
+    for good, rule in (
+            (min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
+            (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
+            (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
+            (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
+            (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
         if not good:
             raise UserError(rule)
 
 
 def resolve(args):
-    """Settings of a stage: the run's config.json, else the preset and the flags given; and `run`, `device`, `arms`.
-    Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
+    """Settings of a stage: the run's config.json, else the preset and the flags given; and `run`, `device`,
+    `arms`. Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
     if args.preset not in (None, *PRESETS):
         raise UserError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
     run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
-    given = {name: value for name in ("preset", "seed", *FLAGS) if (value := getattr(args, name, None)) is not None}
-    for name in {"model", "text"} & set(given) - {"tiny", "docstrings"}:
-        if pathlib.Path(given[name]).exists():            # a path must not depend on where the next stage is started
+    given = {name: getattr(args, name, None) for name in ("preset", "seed", *FLAGS)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in {"model", "text"} & set(given):           # a path must mean the same in any stage
+        if given[name] not in ("tiny", "docstrings") and pathlib.Path(given[name]).exists():
             given[name] = str(pathlib.Path(given[name]).resolve())
     fields = {"preset": "tiny", "seed": 0} | PRESETS[args.preset or "tiny"] | given
     if (run / "config.json").exists():
         stored = read_json(run / "config.json")
         if missing := set(fields) ^ set(stored):
-            raise UserError(f"{run}/config.json was made by another version: it differs in {', '.join(sorted(missing))}")
+            raise UserError(f"{run}/config.json is of another version: {', '.join(sorted(missing))}")
         for name, value in given.items():
             if value != stored[name]:
-                raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag, or choose "
-                                f"another --run")
+                raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag "
+                                f"or choose another --run")
         fields = stored
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"cannot use the device {device!r}"):
         torch.empty(0, device=device)
-    cfg = types.SimpleNamespace(**fields, fields=fields, run=run, device=device, arms=getattr(args, "arms", None),
-                                save_minutes=getattr(args, "save_minutes", None))
+    cfg = types.SimpleNamespace(**vars(args) | fields | dict(fields=fields, run=run, device=device))
     validate(cfg)
     return cfg
 
 
 def write_results(cfg, stage, results):
-    """Write results/STAGE.json with what it takes to trace it: configuration, library versions, source hash."""
+    """Write results/STAGE.json with what it takes to trace it: configuration, library versions, source
+    hash."""
     origin = dict(config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
                   sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest())
     write_json(cfg.run / "results" / f"{stage}.json", results | origin)
@@ -503,21 +514,21 @@ def table(*rows):
     """Print rows of strings as aligned columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
-        print("  " + first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True)), sep="  ")
+        print(" ", first.ljust(widths[0]), *map(str.rjust, rest, [width + 1 for width in widths[1:]]))
 
 
 # ------------------------------------------------------------------------------------------ language model
-# An activation is the residual stream that enters block `layer`: hidden_states[layer] in transformers' counting.
-# A pre-hook on that block reads it and stops the forward there; later blocks and logits are never computed.
+# An activation is the residual stream that enters block `layer`: hidden_states[layer] in transformers'
+# counting. A pre-hook on that block reads it and stops the forward there; later blocks and logits are never
+# computed.
 
 LM_CONFIGS = {   # known without a download, for `plan`; "tiny" is what `lm` trains
-    "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4, vocab_size=4096,
-                 num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True),
-    "EleutherAI/pythia-70m": dict(model_type="gpt_neox", hidden_size=512, intermediate_size=2048, vocab_size=50304,
-                                  num_hidden_layers=6, num_attention_heads=8),
+    "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4,
+                 num_attention_heads=4, vocab_size=4096, tie_word_embeddings=True),
+    "EleutherAI/pythia-70m": dict(model_type="gpt_neox", hidden_size=512, intermediate_size=2048,
+                                  num_hidden_layers=6, num_attention_heads=8, vocab_size=50304),
     "openlm-research/open_llama_3b": dict(model_type="llama", hidden_size=3200, intermediate_size=8640,
-                                          num_hidden_layers=26, num_attention_heads=32, vocab_size=32000),
-}
+                                          num_hidden_layers=26, num_attention_heads=32, vocab_size=32000)}
 
 
 class _Captured(Exception):
@@ -530,7 +541,7 @@ def find_blocks(lm, layer=0):
     depth = lm.config.get_text_config().num_hidden_layers
     found = [m for m in lm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
     if len(found) != 1:
-        raise UserError(f"cannot tell the blocks of {type(lm).__name__}: {len(found)} lists of {depth} modules")
+        raise UserError(f"cannot tell the blocks of {type(lm).__name__}: {len(found)} lists are {depth} long")
     if not 0 <= layer < depth:
         raise UserError(f"layer {layer} is out of range: {type(lm).__name__} has blocks 0 to {depth - 1}")
     return found[0]
@@ -553,9 +564,10 @@ def capture(lm, layer, tokens):
 
 
 def load_lm(path, *, device="cpu", layer=None):
-    """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a GPU.
-    layer: keep only what `capture` runs for that layer, without the later blocks and the head. Raises UserError."""
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else a hub model without safetensors is fetched twice
+    """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a
+    GPU. layer: keep only what `capture` runs for that layer, without the later blocks and the head. Raises
+    UserError."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else some hub models are fetched twice
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -583,7 +595,8 @@ def open_lm(cfg, layer=None):
 # validation and test differ by document: its hash decides, so that copies of one document fall together.
 
 def docstring_corpus():
-    """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator of strings."""
+    """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator of
+    strings."""
     import ast
     import importlib.util
     import warnings
@@ -603,7 +616,8 @@ def docstring_corpus():
 
 
 def text_rows(source):
-    """Rows of a text, streamed: source is a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION]. UserError."""
+    """Rows of a text, streamed: source is a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION].
+    UserError."""
     import datasets
     datasets.disable_progress_bars()
     path, (hub_id, _, configuration) = pathlib.Path(source), source.partition(":")
@@ -611,7 +625,7 @@ def text_rows(source):
     if kind and not path.is_file():
         raise UserError(f"there is no text file {source}")
     if not kind and (path.exists() or "/" not in source):
-        raise UserError(f"text {source!r} is neither docstrings, a .txt, .jsonl or .parquet file, nor a hub data set")
+        raise UserError(f"text {source!r} is not docstrings, a .txt, .jsonl or .parquet file, or on the hub")
     with blame(f"cannot read the text {source}"):
         if kind:
             rows = datasets.load_dataset(kind, data_files=source, split="train", streaming=True)
@@ -645,21 +659,23 @@ def documents(source):
 
 
 def split_of(document):
-    """The split of a document, by its hash: a tenth is "validation", a tenth is "test", the rest is "train"."""
+    """The split of a document, by its hash: a tenth is "validation", a tenth is "test", the rest is
+    "train"."""
     return {0: "validation", 1: "test"}.get(zlib.crc32(document.encode("utf-8", "replace")) % 10, "train")
 
 
 def windows(texts, tokenizer, T, split):
     """Windows of T tokens inside the documents of one split: an iterator of (document's number, ids).
-    ids is an int32 array, the tokenizer's BOS in front where it has one. A document's incomplete last window is
-    left out."""
+    ids is an int32 array, the tokenizer's BOS in front where it has one. A document's incomplete last window
+    is left out."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     chosen = (text for text in texts if split_of(text) == split)
     for first in itertools.count(step=64):                # documents that are tokenised at once
         batch = list(itertools.islice(chosen, 64))
         if not batch:
             return
-        for number, ids in enumerate(tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], first):
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, ids in enumerate(encoded, first):
             for at in range(0, len(ids) - T + 1, T):
                 yield number, np.array(front + ids[at:at + T], dtype=np.int32)
 
@@ -682,13 +698,12 @@ def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
     """Endless shuffled windows, epoch after epoch, fixed by the seed: (epoch, document's number, ids).
     buffer is in tokens. Raises UserError if the split has not one window."""
     for epoch in itertools.count():
-        rng, found = random.Random(f"{seed}/{split}/{epoch}"), False
-        for number, ids in shuffled(windows(documents(source), tokenizer, T, split), max(1, buffer // T), rng):
-            found = True
+        in_order, number = windows(documents(source), tokenizer, T, split), None
+        for number, ids in shuffled(in_order, max(1, buffer // T), random.Random(f"{seed}/{split}/{epoch}")):
             yield epoch, number, ids
-        if not found:
-            raise UserError(f"{source}: no document of the {split} split has {T} tokens; lower --window or give more "
-                            f"documents (a tenth of them serves for validation, a tenth for test)")
+        if number is None:
+            raise UserError(f"{source}: no document of the {split} split has {T} tokens; lower --window or "
+                            f"give more documents (a tenth of them is for validation, a tenth for test)")
 
 
 def take_windows(stream, count):
@@ -698,7 +713,8 @@ def take_windows(stream, count):
 
 
 def text_source(cfg):
-    """What `documents` reads for this run. The docstring corpus is parsed once and kept in the run directory."""
+    """What `documents` reads for this run. The docstring corpus is parsed once and kept in the run
+    directory."""
     if cfg.text != "docstrings":
         return cfg.text
     corpus = cfg.run / "corpus.jsonl"
@@ -726,40 +742,41 @@ def run_lm(cfg):
     from transformers import AutoConfig, AutoModelForCausalLM, logging
     logging.disable_progress_bar()
     if cfg.model != "tiny" or (cfg.run / "lm").exists():
-        return print(f"lm: nothing to train, the model is {cfg.run / 'lm' if cfg.model == 'tiny' else cfg.model}")
+        return print(f"lm: nothing to train, the model is {cfg.model}")
     source = text_source(cfg)
     tokenizer = train_tokenizer((text for text in documents(source) if split_of(text) == "train"), 4096)
     torch.manual_seed(cfg.seed)
     shape = LM_CONFIGS["tiny"] | dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(cfg.device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=cfg.lm_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.lm_steps, pct_start=0.1)
     def nats(tokens):
         return lm(input_ids=tokens.to(cfg.device), labels=tokens.to(cfg.device), use_cache=False).loss
     stream = window_stream(source, tokenizer, T=127, split="train", seed=cfg.seed)
     for _ in (bar := tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None)):
-        loss = nats(take_windows(stream, 32)[2])
+        loss = nats(take_windows(stream, 16)[2])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(nats=f"{loss.item():.2f}", refresh=False)
-    held_out_ids = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=cfg.seed), 256)[2]
+    stream = window_stream(source, tokenizer, T=127, split="validation", seed=cfg.seed)
     with torch.no_grad():
-        loss = float(np.mean([nats(tokens).item() for tokens in held_out_ids.split(32)]))
+        loss = float(np.mean([nats(tokens).item() for tokens in take_windows(stream, 256)[2].split(32)]))
     with replacing(cfg.run / "lm") as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     write_results(cfg, "lm", dict(nats_per_token=loss, perplexity=math.exp(loss)))
-    print(f"lm: held-out {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}; saved in {cfg.run / 'lm'}")
+    print(f"lm: held-out {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
 
 
 # ------------------------------------------------------------------------------------------ activation stream
-# Windows are extracted a chunk at a time, so that activations exist for one chunk only. Inside a chunk tokens are
-# shuffled and cut into equal batches of about B: every token of a window is used once, and (seed, step) fixes the
-# batch, whoever reads it. So all arms of a run see the same data, and an interrupted run goes on where it was.
-# The first position is left out (skip = 1): an attention sink, whose norm in large models dwarfs all others.
+# Windows are extracted a chunk at a time, so that activations exist for one chunk only. Inside a chunk tokens
+# are shuffled and cut into equal batches of about B: every token of a window is used once, and (seed, step)
+# fixes the batch, whoever reads it. So all arms of a run see the same data, and an interrupted run goes on
+# where it was. The first position is left out (skip = 1): an attention sink, whose norm in large models
+# dwarfs all others.
 
 def extract(lm, layer, ids, *, skip=1, at_once=64):
     """Activations of windows: ids (W, T) -> (W·(T - skip), D) in fp32, at_once windows in each forward."""
@@ -801,7 +818,8 @@ def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=
 
 def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
     """Mean and std per dimension over at least `tokens` activations: (Standardiser, facts about them).
-    A dimension that never varies gets std 1 and is counted in the facts. Raises UserError on non-finite values."""
+    A dimension that never varies gets std 1 and is counted in the facts. Raises UserError on non-finite
+    values."""
     count, total, squares, norms = 0, 0, 0, []
     while count < tokens:
         raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip).double()
@@ -818,8 +836,9 @@ def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
 
 
 def open_data(cfg, *, whole=False):
-    """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives, standardiser.
-    A run's first call writes its config.json and its standardiser, and prints what the latter saw."""
+    """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
+    standardiser. A run's first call writes its config.json and its standardiser, and prints what the latter
+    saw."""
     from safetensors.torch import load_file, save_file
     lm, tokenizer = open_lm(cfg, None if whole else cfg.layer)
     source, skip = text_source(cfg), 0 if cfg.keep_first else 1
@@ -831,8 +850,8 @@ def open_data(cfg, *, whole=False):
         write_json(cfg.run / "config.json", cfg.fields)
         with replacing(path) as temporary:
             save_file(standardiser.state_dict(), temporary)
-        print("standardiser: {tokens:,} tokens; largest norm {largest_norm_over_median:.1f} times the median; "
-              "{constant_dimensions} constant dimensions".format(**facts))
+        print("standardiser: {tokens:,} tokens; the largest norm is {largest_norm_over_median:.1f} times the "
+              "median; {constant_dimensions} constant dimensions".format(**facts))
     with blame(f"{path} is damaged"):
         standardiser = Standardiser(**load_file(path, device=cfg.device))
     return types.SimpleNamespace(lm=lm, D=lm.config.get_text_config().hidden_size, stream=stream, skip=skip,
@@ -841,8 +860,8 @@ def open_data(cfg, *, whole=False):
 
 
 # ------------------------------------------------------------------------------------------ evaluation
-# Held-out documents only. Sums are kept in float64 and by document: tokens of one document are not independent,
-# so a gain's interval comes from resampling documents, both arms on the same ones (Efron, 1979).
+# Held-out documents only. Sums are kept in float64 and by document: tokens of one document are not
+# independent, so a gain's interval comes from resampling documents, both arms on the same ones (Efron, 1979).
 
 def path_sums(parts):
     """x_hat by path, from an arm's parts: the SAE's alone ("sae"), with each other part added, and "full"."""
@@ -851,7 +870,8 @@ def path_sums(parts):
 
 
 def held_out_batches(cfg, data, split, tokens):
-    """Held-out activations, 64 windows at a time: an iterator of (x, documents' numbers from 0, both by token)."""
+    """Held-out activations, 64 windows at a time: an iterator of (x, documents' numbers from 0, both by
+    token)."""
     _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
     numbers = numbers.unique(return_inverse=True)[1].repeat_interleave(data.rows).to(cfg.device)
     for at in range(0, len(ids), 64):
@@ -862,13 +882,14 @@ def held_out_batches(cfg, data, split, tokens):
 @torch.no_grad()
 def evaluate(models, batches, *, std):
     """Errors of several models over the same batches of (x (B, D), documents' numbers (B,)), in float64.
-    std (D,) turns errors into raw units. Returns {model: results}; mse, fvu, fvu_raw and sse, an array by document,
-    go by path, magnitude = mean |part| by part; l0 is the mean number of kept features above 0.
-    fvu = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
+    std (D,) turns errors into raw units. Returns {model: results}; mse, fvu, fvu_raw and sse, an array by
+    document, go by path, magnitude = mean |part| by part; l0 is the mean number of kept features above 0. fvu
+    = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
     tokens, total, squares, variance = 0, 0, 0, std.double().square()
     errors, magnitudes, kept = {}, {}, {}
     for x, numbers in batches:
-        tokens, total, squares = tokens + len(x), total + x.double().sum(0), squares + x.double().square().sum(0)
+        exact = x.double()
+        tokens, total, squares = tokens + len(x), total + exact.sum(0), squares + exact.square().sum(0)
         for name, model in models.items():
             kept.setdefault(name, torch.zeros(model.learner.F, device=x.device))
             parts = model(x, counts=kept[name])
@@ -902,20 +923,21 @@ def gain(sse, sse_base, *, resamples=2000, seed=0):
         return 1 - a.sum(axis) / b.sum(axis)
     if len(sse) < 2:
         return [float(statistic(sse, sse_base)), math.nan, math.nan]
-    interval = bootstrap((sse, sse_base), statistic, paired=True, vectorized=True, method="percentile", batch=100,
-                         n_resamples=resamples, rng=np.random.default_rng(seed)).confidence_interval
-    return [float(statistic(sse, sse_base)), float(interval.low), float(interval.high)]
+    low, high = bootstrap((sse, sse_base), statistic, paired=True, vectorized=True, n_resamples=resamples,
+                          batch=100, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
+    return [float(statistic(sse, sse_base)), float(low), float(high)]
 
 
 # ------------------------------------------------------------------------------------------ training
-# One flat loop. A candidate is an arm at one learning rate; all candidates take each batch in turn, so that they
-# are compared on the same tokens in the same order. Each arm is then represented by its best rate on validation
-# documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
+# One flat loop. A candidate is an arm at one learning rate; all candidates take each batch in turn, so that
+# they are compared on the same tokens in the same order. Each arm is then represented by its best rate on
+# validation documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
 
 @dataclasses.dataclass
 class Candidate:
     """An arm at one learning rate, `step` steps old.
-    counts (F,): how many of the last `counted` tokens of training kept each feature; losses: since the last log."""
+    counts (F,): how many of the last `counted` tokens of training kept each feature; losses: since the last
+    log."""
 
     arm: str
     lr: float
@@ -933,7 +955,8 @@ def make_optimizer(model, *, lr, eps=1e-8):
 
 
 def learning_rate(lr, step, steps, decay=0.8):
-    """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: over that many steps)."""
+    """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: over that many
+    steps)."""
     return lr * (1 - 0.9 * min(1.0, step / (decay * steps if decay <= 1 else decay)))
 
 
@@ -953,7 +976,7 @@ def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout,
     on_log(epoch) is called about fifty times a run, once the losses since its last call were found finite.
     Raises UserError, naming arm and step, for one that is not."""
     every = max(1, steps // 50)
-    counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # dead: kept by none of these last tokens
+    counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # a feature is dead if none kept it
     for step, epoch, x in batches:
         for c in candidates:
             if step < c.step:                             # it had this batch before the run was interrupted
@@ -961,40 +984,43 @@ def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout,
             for group in c.optimizer.param_groups:
                 group["lr"] = learning_rate(c.lr, step, steps, decay)
             generator = None
-            if dropout:                                   # a mask of its own, whoever else is trained in this pass
+            if dropout:                                   # a mask of its own, whoever is trained beside
                 generator = torch.Generator(x.device)
                 generator.manual_seed(zlib.crc32(f"{seed}/{c.arm}/{step}".encode()))
             counting = step >= steps - counted_steps
-            c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype), generator=generator,
-                                          counts=c.counts if counting else None))
+            c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype),
+                                          generator=generator, counts=c.counts if counting else None))
             c.counted += len(x) * counting
             c.step = step + 1
         if (step + 1) % every == 0 or step + 1 == steps:
             for c in candidates:
                 finite = [bool(loss.isfinite()) for loss in c.losses]
                 if not all(finite):
-                    raise UserError(f"arm {c.arm} at lr {c.lr:g}: the loss is not finite at step "
-                                    f"{c.step - len(finite) + finite.index(False)}; lower --lr (checkpoints are kept)")
+                    bad = c.step - len(finite) + finite.index(False)
+                    raise UserError(f"arm {c.arm} at lr {c.lr:g}: the loss is not finite at step {bad}; "
+                                    f"lower --lr (the last checkpoint is kept)")
             on_log(epoch)
             for c in candidates:
                 c.losses.clear()
 
 
 def save_checkpoint(path, candidates, config):
-    """Write all that the training of an arm's candidates resumes from. UserError if their weights are not finite."""
+    """Write all that the training of an arm's candidates resumes from. UserError if their weights are not
+    finite."""
     for c in candidates:
         if not all(p.isfinite().all() for p in c.model.parameters()):
-            raise UserError(f"arm {c.arm} at lr {c.lr:g}: weights are not finite at step {c.step}; lower --lr "
-                            f"(the last checkpoint is kept)")
+            raise UserError(f"arm {c.arm} at lr {c.lr:g}: weights are not finite at step {c.step}; "
+                            f"lower --lr (the last checkpoint is kept)")
     state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
-        dict(lr=c.lr, step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
+        dict(step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
              counted=c.counted) for c in candidates])
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_checkpoint(path, candidates, config):
-    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged or foreign file."""
+    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged or foreign
+    file."""
     with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
         state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
         if state["arm"] != candidates[0].arm or json.loads(state["config"]) != config:
@@ -1007,7 +1033,8 @@ def load_checkpoint(path, candidates, config):
 
 
 def arm_bytes(model, *, rates, batch):
-    """Bytes that training an arm at `rates` learning rates holds throughout, and needs on top during a step."""
+    """Bytes that training an arm at `rates` learning rates holds throughout, and needs on top during a
+    step."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return rates * (4 * count_parameters(model) + 8 * trained), 4 * trained + 2 * 4 * batch * model.learner.F
 
@@ -1020,7 +1047,8 @@ def memory_budget(device):
 
 
 def group_passes(costs, budget):
-    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> list of lists of arms."""
+    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> list of lists of
+    arms."""
     groups = [[]]
     for name in costs:
         held, extra = zip(*(costs[other] for other in (*groups[-1], name)), strict=True)
@@ -1045,7 +1073,7 @@ def train_pass(cfg, data, arms):
     start, saved = min(c.step for c in everyone), time.monotonic()
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     ages = {c.arm: c.step for c in everyone}
-    with replacing(log) as temporary:                     # what was logged after the checkpoint will be logged again
+    with replacing(log) as temporary:                     # drop what will be logged again
         temporary.write_text("".join(line for line in lines if (entry := json.loads(line))["step"]
                                      <= ages.get(entry["arm"], math.inf)))
 
@@ -1064,20 +1092,22 @@ def train_pass(cfg, data, arms):
     batches = activation_batches(
         data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan, epochs=cfg.chunk_epochs,
         seed=cfg.seed, skip=data.skip, start=start)
-    bar = tqdm(batches, desc=f"training {len(everyone)} candidates", unit="step", total=steps, initial=start, disable=None)
-    train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay, dropout=cfg.dropout,
-                     on_log=on_log)
-    validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone},
-                         held_out_batches(cfg, data, "validation", cfg.eval_tokens // 4), std=data.standardiser.std)
+    bar = tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None)
+    train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay,
+                     dropout=cfg.dropout, on_log=on_log)
+    validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
+    validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone}, validation,
+                         std=data.standardiser.std)
     for name, candidates in arms.items():
         errors = {c.lr: validated[name, c.lr]["mse"]["full"] for c in candidates}
         best = min(candidates, key=lambda c: errors[c.lr])
         save_arm(cfg.run / f"{name}.safetensors", best.model, data.standardiser, dict(
-            arm=name, D=data.D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top, dropout=cfg.dropout,
-            lr=best.lr, validation_mse={f"{lr:g}": mse for lr, mse in errors.items()}, steps=steps,
+            arm=name, D=data.D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top,
+            dropout=cfg.dropout, steps=steps, lr=best.lr,
+            validation_mse={f"{lr:g}": mse for lr, mse in errors.items()},
             dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted, run=cfg.fields))
         (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
-        print(f"train: {name}: validation mse " + ", ".join(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
+        print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
 
 
 def run_train(cfg):
@@ -1119,13 +1149,13 @@ RECON_CLAIMS = (
         ("", "sae-2dec, exactly an SAE, against its own SAE path", "sae-2dec/improvement/published"),
         ("", "sae-2dec against sae", "sae-2dec/improvement/matched"),
         ("", "joint against sae-2dec", "joint/improvement/vs_sae-2dec"),
-        ("", "joint against sae@matched, an SAE of as many parameters", "joint/improvement/parameter_matched"))),
+        ("", "joint against sae@matched, as many parameters", "joint/improvement/parameter_matched"))),
     ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
-        ("paper's metric", "sequential against the SAE cut to its top features", "sequential/improvement/published"),
+        ("paper's metric", "sequential against the SAE cut to its top", "sequential/improvement/published"),
         ("control", "residual-sae against the same", "residual-sae/improvement/published"),
         ("", "sequential against the uncut sae", "sequential/improvement/matched"),
         ("", "residual-sae against the uncut sae", "residual-sae/improvement/matched"))),
-    ("claim 3: the interaction is a small share of the NFM (paper: joint 6 %, sequential 4.5 %); paths sub-additive", (
+    ("claim 3: the interaction is a small share of the NFM; paths sub-additive (paper: 6 %, 4.5 %)", (
         ("paper's metric", "joint: interaction's share of mean |output|", "joint/interaction_share"),
         ("", "sequential: interaction's share of mean |output|", "sequential/interaction_share"),
         ("control", "joint: error cut by adding the linear path alone", "joint/cut/add_linear"),
@@ -1133,8 +1163,8 @@ RECON_CLAIMS = (
         ("", "joint: these two cuts less the cut by both", "joint/cut/sum_less_both"),
         ("", "joint: error added by leaving out the linear path", "joint/cut/leave_out_linear"),
         ("", "joint: error added by leaving out the interaction", "joint/cut/leave_out_interaction"),
-        ("", "joint against joint-linear, trained without interaction", "joint/improvement/vs_joint-linear"),
-        ("", "joint against joint-interaction, trained without linear", "joint/improvement/vs_joint-interaction"),
+        ("", "joint against joint-linear, without interaction", "joint/improvement/vs_joint-linear"),
+        ("", "joint against joint-interaction, without linear", "joint/improvement/vs_joint-interaction"),
         ("", "joint-linear against sae", "joint-linear/improvement/matched"),
         ("", "joint-interaction against sae", "joint-interaction/improvement/matched"),
         ("", "joint-mlp, without a product, against sae", "joint-mlp/improvement/matched"))),
@@ -1152,13 +1182,13 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def arm_results(name, measured, config, params):
+def arm_results(name, measured, model):
     """An arm's entry in recon.json, from what evaluate measured of all arms."""
     own = measured[name]
     mse, fvu, fvu_raw = (own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw"))
-    entry = dict(mse=mse, fvu=fvu, fvu_raw=fvu_raw, l0=own["l0"], params=params,
+    entry = dict(mse=mse, fvu=fvu, fvu_raw=fvu_raw, l0=own["l0"], params=count_parameters(model),
                  explained=dict(standardised=1 - mse, held_out_variance=1 - fvu, raw=1 - fvu_raw),
-                 **{key: config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")})
+                 **{key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")})
     bases = dict(matched="sae", parameter_matched="sae@matched")
     bases |= {f"vs_{base}": base for base in ("sae-2dec", "joint-linear", "joint-interaction")}
     intervals = {key: gain(own["sse"]["full"], measured[base]["sse"]["full"]) for key, base in bases.items()
@@ -1178,14 +1208,17 @@ def arm_results(name, measured, config, params):
 
 
 def load_arms(cfg, D):
-    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit the run."""
-    models = {path.stem: load_arm(path).to(cfg.device) for path in sorted(cfg.run.glob("*.safetensors"))
-              if path.name != "standardiser.safetensors"}
+    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit the
+    run."""
+    order = list(ARMS)
+    names = sorted((path.stem for path in cfg.run.glob("*.safetensors") if path.stem != "standardiser"),
+                   key=lambda name: (order.index(name.partition("@")[0]), name))
+    models = {name: load_arm(cfg.run / f"{name}.safetensors").to(cfg.device) for name in names}
     for name, model in models.items():
         if model.config["D"] != D:
-            raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the language model has D={D}")
+            raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the model has D={D}")
         if model.config["run"] != cfg.fields:
-            raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration than this run's")
+            raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration")
     if "sae" not in models:
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
     return models
@@ -1200,49 +1233,51 @@ def run_recon(cfg):
         data = open_data(cfg)
         models = load_arms(cfg, data.D)
         batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
-        bar = tqdm(batches, desc="recon", unit="batch", total=math.ceil(cfg.eval_tokens / data.rows / 64), disable=None)
-        measured = evaluate(models, bar, std=data.standardiser.std)
+        batches = tqdm(batches, desc="recon", unit="batch", disable=None,
+                       total=math.ceil(cfg.eval_tokens / data.rows / 64))
+        measured = evaluate(models, batches, std=data.standardiser.std)
         write_results(cfg, "recon", dict(
             inputs=inputs, tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
-            arms={name: arm_results(name, measured, m.config, count_parameters(m)) for name, m in models.items()}))
+            arms={name: arm_results(name, measured, model) for name, model in models.items()}))
     print_recon(cfg, read_json(path))
 
 
 def print_recon(cfg, results):
     """Print the tables of stage `recon` from its results file and the training log."""
     arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
-    print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents at layer "
-          f"{cfg.layer}, after training on {cfg.tokens:,} tokens, seed {cfg.seed}")
+    print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents, "
+          f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
     table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
-        (name, f"{a['params']:,}", f"{a['lr']:g}", f"{a['mse']:.4f}", f"{a['fvu']:.4f}", f"{a['fvu_raw']:.4f}",
-         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["interval"].get("matched"))) for name, a in arms.items()))
-    print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: bootstrap over "
-          f"documents, one training seed")
-    print("\nfvu by path")
-    table(("arm", *paths), *((name, *(f"{a['fvu_by_path'][p]:.4f}" if p in a["fvu_by_path"] else "-" for p in paths))
-                             for name, a in arms.items() if "fvu_by_path" in a))
+        (name, f"{a['params']:,}", f"{a['lr']:g}", *(f"{a[key]:.4f}" for key in ("mse", "fvu", "fvu_raw")),
+         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["interval"].get("matched")))
+        for name, a in arms.items()))
+    print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: "
+          f"bootstrap over documents, one training seed\n\nfvu by path")
+    by_path = {name: a["fvu_by_path"] for name, a in arms.items() if "fvu_by_path" in a}
+    table(("arm", *paths), *((name, *(f"{fvu[path]:.4f}" if path in fvu else "-" for path in paths))
+                             for name, fvu in by_path.items()))
     for claim, rows in RECON_CLAIMS:
         print(f"\n{claim}")
         for kind, label, where in rows:
             value = arms
             for key in where.replace("improvement", "interval").split("/"):
                 value = value.get(key) if value else None
-            print(f"  {kind:16}{label:58}{percent(value):>24}")
-    entries = [json.loads(line) for line in (cfg.run / "train.jsonl").read_text().splitlines()]
-    print("\nConvergence: validation mse at each learning rate, and training mse at the best one along the steps")
-    rows = []
+            print(f"  {kind:16}{label:54}{percent(value):>24}")
+    print("\nConvergence: validation mse at each learning rate; training mse at the best, along the steps")
+    log, rows = [json.loads(line) for line in (cfg.run / "train.jsonl").read_text().splitlines()], []
     for name, a in arms.items():
-        curve = [e["mse"] for e in entries if e["arm"] == name and e["lr"] == a["lr"]]
-        along = [curve[math.ceil(part * len(curve)) - 1] for part in (0.25, 0.5, 0.75, 1)] if curve else [math.nan] * 4
+        curve = [e["mse"] for e in log if (e["arm"], e["lr"]) == (name, a["lr"])] or [math.nan]
+        along = [curve[math.ceil(share * len(curve)) - 1] for share in (0.25, 0.5, 0.75, 1)]
         rows.append((name, *(f"{value:.4f}" for value in (*a["validation_mse"].values(), *along))))
     table(("arm", *(f"lr {lr:g}" for lr in cfg.lr), "25 %", "50 %", "75 %", "100 %"), *rows)
     edge = [name for name, a in arms.items() if len(cfg.lr) > 1 and a["lr"] in (min(cfg.lr), max(cfg.lr))]
-    print(f"  training read {max((e['text_epoch'] for e in entries), default=0)} epoch(s) of the text; best at the edge "
-          f"of the rates tried, so that more --lr might do better: {' '.join(edge) or 'none'}")
+    print(f"  training read {max((e['text_epoch'] for e in log), default=0)} epoch(s) of the text; best rate "
+          f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}")
 
 
 # ------------------------------------------------------------------------------------------ plan
-# What a run costs, before anything is downloaded. Modules are built on torch's meta device, which holds no data.
+# What a run costs, before anything is downloaded. Modules are built on torch's meta device, which holds no
+# data.
 
 def lm_shape(cfg):
     """(parameters, parameters of a block, D) of the run's language model, from its configuration alone."""
@@ -1255,11 +1290,13 @@ def lm_shape(cfg):
         lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
     blocks = find_blocks(lm, cfg.layer)
     used = count_parameters(lm.base_model) - sum(map(count_parameters, blocks[cfg.layer + 1:]))
-    return count_parameters(lm), used, sum(map(count_parameters, blocks[:cfg.layer])), lm.config.get_text_config().hidden_size
+    run = sum(map(count_parameters, blocks[:cfg.layer]))
+    return count_parameters(lm), used, run, lm.config.get_text_config().hidden_size
 
 
 def step_flops(model, D):
-    """Floating-point operations of one training step, a token: the encoder's product, and thrice the sparse rest."""
+    """Floating-point operations of one training step, a token: the encoder's product, and thrice the sparse
+    rest."""
     sae, nfm = model.learner, model.nfm
     sparse = sae.k * D
     if nfm:
@@ -1270,34 +1307,37 @@ def step_flops(model, D):
 
 
 def run_plan(cfg):
-    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits; loads no weights."""
+    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits; loads no
+    weights."""
     lm_parameters, lm_used, lm_run, D = lm_shape(cfg)
+    sizes = dict(D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top)
     with torch.device("meta"):
-        arms = {name: make_arm(name, D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top,
-                               parent=DualEncoder(TopKSAE(D, cfg.features, cfg.k))) for name in ("joint", *cfg.arms)}
-    joint, whole = arms["joint"], count_parameters(arms["joint"])
+        parent = DualEncoder(TopKSAE(D, cfg.features, cfg.k))
+        joint = make_arm("joint", **sizes)
+        arms = {name: make_arm(name, parent=parent, **sizes) for name in cfg.arms}
     linear = joint.nfm.W_lin.numel() + joint.nfm.b_lin.numel()
-    print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}; joint has "
-          f"{whole / 1e6:.1f} M parameters: SAE {percent(count_parameters(joint.sae) / whole)}, linear "
-          f"{percent(linear / whole)}, nonlinear {percent((count_parameters(joint.nfm) - linear) / whole)}")
-    arms = {name: arms[name] for name in cfg.arms}
+    shares = [percent(part / count_parameters(joint)) for part in (
+        count_parameters(joint.sae), linear, count_parameters(joint.nfm) - linear)]
+    print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}\njoint: "
+          f"{count_parameters(joint) / 1e6:.1f} M parameters, SAE {shares[0]}, linear {shares[1]}, nonlinear "
+          f"{shares[2]}")
     costs = {name: arm_bytes(model, rates=len(cfg.lr), batch=cfg.batch) for name, model in arms.items()}
     table(("arm", "M parameters", "MFLOP a token", "GB held", "GB in a step", "GB of checkpoint"), *(
         (name, f"{count_parameters(model) / 1e6:.1f}", f"{step_flops(model, D) / 1e6:.1f}",
          *(f"{size / 1e9:.2f}" for size in (*costs[name], costs[name][0]))) for name, model in arms.items()))
-    print(f"  held: weights and Adam's moments at {len(cfg.lr)} learning rate(s); in a step: gradients, two (B, F)")
+    print(f"  held: weights, Adam's moments, at {len(cfg.lr)} rate(s); in a step: gradients, two (B, F)")
     chunk, held = 4 * D * min(cfg.chunk, cfg.tokens), sum(held for held, _ in costs.values())
     print(f"language model: {lm_parameters / 1e6:,.1f} M parameters, {lm_used / 1e6:,.1f} M of them in use, "
-          f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB")
-    print(f"disk: {held / 1e9:.2f} GB of checkpoints while training, "
+          f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB\n"
+          f"disk: {held / 1e9:.2f} GB of checkpoints while training, "
           f"{sum(4 * count_parameters(model) for model in arms.values()) / 1e9:.2f} GB of arms at the end")
-    for label, bytes_each, budget in ((f"here, on {cfg.device}", 4 if cfg.device == "cpu" else 2,
-                                       memory_budget(cfg.device)), ("on a GPU of 24 GB", 2, 0.9 * 24e9)):
+    here = (f"here, on {cfg.device}", 4 if cfg.device == "cpu" else 2, memory_budget(cfg.device))
+    for label, bytes_each, budget in (here, ("on a GPU of 24 GB", 2, 0.9 * 24e9)):
         budget -= bytes_each * lm_used + chunk
         misfits = [name for name in costs if sum(costs[name]) > budget]
-        print(f"{label}, {max(0, budget) / 1e9:.1f} GB are left for arms: " + (
-            f"{' '.join(misfits)} will not fit: try fewer --lr, a smaller --features or --batch" if misfits else
-            "fits; passes: " + " | ".join(" ".join(names) for names in group_passes(costs, budget))))
+        passes = " | ".join(" ".join(names) for names in group_passes(costs, budget))
+        print(f"{label}, {max(0, budget) / 1e9:.1f} GB are left for arms:", f"{' '.join(misfits)} won't fit: "
+              "fewer --lr, a smaller --features or --batch" if misfits else f"they fit, in passes: {passes}")
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -1335,13 +1375,15 @@ def parser():
 
 
 def main(argv=None):
-    """Run a stage. Returns the exit status: 0; 2 after one line on stderr for a mistake of the user's; 130 if stopped."""
+    """Run a stage. Returns the exit status: 0; 2 after one line on stderr for a mistake of the user's; 130 if
+    stopped."""
     args = parser().parse_args(argv)
     try:
         STAGES[args.stage](resolve(args))
         return 0
     except torch.OutOfMemoryError as error:
-        message = f"out of GPU memory: lower --batch, --features or the number of --lr ({str(error).splitlines()[0]})"
+        reason = str(error).splitlines()[0]
+        message = f"out of GPU memory: lower --batch, --features or the number of --lr ({reason})"
     except KeyboardInterrupt:
         print("dualenc: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

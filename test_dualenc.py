@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of dualenc. Each formula meets an oracle written another way: loops, dense matrices, numpy."""
+
 import ast
 import json
 import math
@@ -23,11 +24,34 @@ import dualenc as d
 
 SOURCE = pathlib.Path(d.__file__)
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 5)) for i in range(150)]
-SMALL = ["--features", "48", "--k", "6", "--n", "4", "--embedding", "5", "--top", "3", "--window", "8", "--batch", "64",
-         "--lr", "0.003", "0.01", "--tokens", "3000", "--chunk", "700", "--eval-tokens", "600"]
+SMALL = [
+    "--features",
+    "48",
+    "--k",
+    "6",
+    "--n",
+    "4",
+    "--embedding",
+    "5",
+    "--top",
+    "3",
+    "--window",
+    "8",
+    "--batch",
+    "64",
+    "--lr",
+    "0.003",
+    "0.01",
+    "--tokens",
+    "3000",
+    "--chunk",
+    "700",
+    "--eval-tokens",
+    "600",
+]
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
-seeds = st.integers(0, 2 ** 31)
+seeds = st.integers(0, 2**31)
 
 
 def random_code(B, F, k, seed=0, dtype=torch.float64):
@@ -50,15 +74,21 @@ def dense(values, indices, F):
 def same_weights(a, b):
     """Whether two arm files hold the same tensors, bit for bit."""
     from safetensors.torch import load_file
+
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- core maths
 
+
 @given(B=st.integers(1, 4), F=st.integers(8, 20), n=st.integers(2, 8), K=st.integers(1, 5), seed=seeds)
 def test_fm_interaction_is_the_sum_over_pairs_and_so_is_its_gradient(B, F, n, K, seed):
-    (values, indices), V, weight = random_code(B, F, n, seed), normal(F, K, seed=seed), normal(B, K, seed=seed + 1)
+    (values, indices), V, weight = (
+        random_code(B, F, n, seed),
+        normal(F, K, seed=seed),
+        normal(B, K, seed=seed + 1),
+    )
     grads = []
     for function in (d.fm_interaction, d.fm_interaction_pairwise):
         v, W = values.clone().requires_grad_(), V.clone().requires_grad_()
@@ -69,7 +99,9 @@ def test_fm_interaction_is_the_sum_over_pairs_and_so_is_its_gradient(B, F, n, K,
 
 
 def test_fm_interaction_worked_example():
-    z = d.fm_interaction(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0, 1, 2]]), torch.tensor([[1.0], [1.0], [2.0]]))
+    z = d.fm_interaction(
+        torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0, 1, 2]]), torch.tensor([[1.0], [1.0], [2.0]])
+    )
     assert z.item() == 20
 
 
@@ -77,9 +109,13 @@ def test_fm_interaction_worked_example():
 def test_fm_interaction_does_not_care_for_order_and_a_lone_feature_gives_zero(F, n, seed):
     (values, indices), V = random_code(3, F, n, seed), normal(F, 4, seed=seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(d.fm_interaction(values, indices, V), d.fm_interaction(values[:, order], indices[:, order], V))
+    torch.testing.assert_close(
+        d.fm_interaction(values, indices, V), d.fm_interaction(values[:, order], indices[:, order], V)
+    )
     values[:, 1:] = 0
-    torch.testing.assert_close(d.fm_interaction(values, indices, V), torch.zeros(3, 4, dtype=V.dtype), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        d.fm_interaction(values, indices, V), torch.zeros(3, 4, dtype=V.dtype), rtol=0, atol=1e-13
+    )
 
 
 @given(B=st.integers(1, 5), F=st.integers(1, 12), seed=seeds, shift=st.floats(-3, 3), data=st.data())
@@ -92,14 +128,16 @@ def test_topk_encode_against_the_dense_definition(B, F, seed, shift, data):
     assert (values.diff(dim=1) <= 0).all() and all(len(set(row.tolist())) == k for row in indices)
     relu = (x @ W.T + b).relu()
     kept = torch.zeros_like(relu, dtype=torch.bool).scatter_(1, indices, True)
-    for row in range(B):                                  # kept >= dropped
+    for row in range(B):  # kept >= dropped
         assert k == F or relu[row][kept[row]].min() >= relu[row][~kept[row]].max()
     torch.testing.assert_close(dense(values.detach(), indices, F), relu * kept)
     weight = normal(B, F, seed=seed + 3)
     other = [t.clone().requires_grad_() for t in (x, W, b)]
     reference = ((other[0] @ other[1].T + other[2]).relu() * kept * weight).sum()
     ours = (values * weight.gather(1, indices)).sum()
-    for mine, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(reference, other), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(reference, other), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -115,7 +153,12 @@ def test_topk_encode_keeps_k_of_equal_values_and_none_of_negative_ones():
 
 @given(seed=seeds, scale=st.floats(0.1, 10))
 def test_topk_encode_follows_permutations_of_features_and_positive_scales(seed, scale):
-    x, W, b, order = normal(4, 3, seed=seed), normal(9, 3, seed=seed + 1), normal(9, seed=seed + 2), torch.randperm(9)
+    x, W, b, order = (
+        normal(4, 3, seed=seed),
+        normal(9, 3, seed=seed + 1),
+        normal(9, seed=seed + 2),
+        torch.randperm(9),
+    )
     values, indices = d.topk_encode(x, W, b, 4)
     permuted, at = d.topk_encode(x, W[order], b[order], 4)
     torch.testing.assert_close(dense(values, indices, 9)[:, order], dense(permuted, at, 9))
@@ -124,7 +167,11 @@ def test_topk_encode_follows_permutations_of_features_and_positive_scales(seed, 
 
 
 def test_gradients_by_finite_differences():
-    x, W, b = normal(3, 4).requires_grad_(), normal(7, 4, seed=1).requires_grad_(), normal(7, seed=2).requires_grad_()
+    x, W, b = (
+        normal(3, 4).requires_grad_(),
+        normal(7, 4, seed=1).requires_grad_(),
+        normal(7, seed=2).requires_grad_(),
+    )
     assert torch.autograd.gradcheck(lambda *a: d.topk_encode(*a, 3)[0], (x, W, b))
     values, indices = random_code(3, 7, 3)
     assert torch.autograd.gradcheck(lambda v, M: d.sparse_decode(v, indices, M), (values.requires_grad_(), W))
@@ -153,11 +200,22 @@ def arm(name, **changes):
 
 def test_initial_weights_are_as_stated():
     model = d.make_arm("joint", D=64, F=4000, k=8, n=4, K=50)
-    bound = 4000 ** -0.5
-    assert model.sae.W_dec.abs().max() <= bound and abs(model.sae.W_dec.std().item() / (bound / 3 ** 0.5) - 1) < 0.01
+    bound = 4000**-0.5
+    assert (
+        model.sae.W_dec.abs().max() <= bound
+        and abs(model.sae.W_dec.std().item() / (bound / 3**0.5) - 1) < 0.01
+    )
     assert abs((model.sae.W_dec.square().sum(1).mean() / (64 / (3 * 4000))).item() - 1) < 0.02
-    assert torch.equal(model.sae.W_enc, model.sae.W_dec) and model.sae.W_enc.data_ptr() != model.sae.W_dec.data_ptr()
-    for weight, std in ((model.nfm.V, 0.05), (model.nfm.W_lin, 0.01), (model.nfm.W_1, 0.01), (model.nfm.W_2, 0.01)):
+    assert (
+        torch.equal(model.sae.W_enc, model.sae.W_dec)
+        and model.sae.W_enc.data_ptr() != model.sae.W_dec.data_ptr()
+    )
+    for weight, std in (
+        (model.nfm.V, 0.05),
+        (model.nfm.W_lin, 0.01),
+        (model.nfm.W_1, 0.01),
+        (model.nfm.W_2, 0.01),
+    ):
         assert abs(weight.mean().item()) < 4 * std / weight.numel() ** 0.5
         assert abs(weight.std().item() / std - 1) < 4 / weight.numel() ** 0.5
     for bias in (model.sae.b_enc, model.sae.b_dec, model.nfm.b_lin, model.nfm.b_1, model.nfm.b_2):
@@ -173,19 +231,22 @@ def test_joint_forward_is_the_equations_on_dense_codes():
     top = pre.topk(5)
     f = torch.zeros_like(pre).scatter(1, top.indices, top.values)
     f_n = torch.zeros_like(pre).scatter(1, top.indices[:, :3], top.values[:, :3])
-    z = 0.5 * ((f_n @ nfm.V) ** 2 - (f_n ** 2) @ (nfm.V ** 2))
+    z = 0.5 * ((f_n @ nfm.V) ** 2 - (f_n**2) @ (nfm.V**2))
     parts = model(x)
     torch.testing.assert_close(parts["sae"], f @ sae.W_dec + sae.b_dec)
     torch.testing.assert_close(parts["linear"], f_n @ nfm.W_lin + nfm.b_lin)
-    torch.testing.assert_close(parts["interaction"], (z @ nfm.W_1.T + nfm.b_1).relu() @ nfm.W_2.T + nfm.b_2,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        parts["interaction"], (z @ nfm.W_1.T + nfm.b_1).relu() @ nfm.W_2.T + nfm.b_2, rtol=1e-4, atol=1e-4
+    )
     counts = torch.zeros(24)
     model(x, counts=counts)
     assert torch.equal(counts, (f > 0).sum(0).float())
     mlp = arm("joint-mlp")
     values, indices = mlp.sae.encode(x)
-    torch.testing.assert_close(mlp.nfm.post_mlp1(values, indices),
-                               dense(values[:, :3], indices[:, :3], 24) @ mlp.nfm.V @ mlp.nfm.W_1.T + mlp.nfm.b_1)
+    torch.testing.assert_close(
+        mlp.nfm.post_mlp1(values, indices),
+        dense(values[:, :3], indices[:, :3], 24) @ mlp.nfm.V @ mlp.nfm.W_1.T + mlp.nfm.b_1,
+    )
 
 
 @given(seed=seeds, k=st.integers(1, 8))
@@ -199,8 +260,12 @@ def test_fold_linear_is_exact_at_n_equal_k(seed, k):
 
 
 def test_fold_linear_refuses_what_is_no_single_sae():
-    for name, reason in (("joint", "linear path, folds"), ("joint-interaction", "linear path, folds"),
-                         ("joint-linear", "n=3 of k=5"), ("residual-sae", "linear path, folds")):
+    for name, reason in (
+        ("joint", "linear path, folds"),
+        ("joint-interaction", "linear path, folds"),
+        ("joint-linear", "n=3 of k=5"),
+        ("residual-sae", "linear path, folds"),
+    ):
         with pytest.raises(ValueError, match=reason):
             d.fold_linear(arm(name))
     x = normal(3, 6, dtype=torch.float32)
@@ -209,14 +274,22 @@ def test_fold_linear_refuses_what_is_no_single_sae():
 
 def test_arms_have_the_paths_and_sizes_that_their_names_say():
     paths = {name: set(arm(name)(normal(2, 6, dtype=torch.float32))) for name in d.ARMS}
-    assert paths == {"sae": {"sae"}, "sae-2dec": {"sae", "linear"}, "joint": {"sae", "linear", "interaction"},
-                     "joint-linear": {"sae", "linear"}, "joint-interaction": {"sae", "interaction"},
-                     "joint-mlp": {"sae", "linear", "interaction"}, "residual-sae": {"sae", "residual"},
-                     "sequential": {"sae", "linear", "interaction"}}
+    assert paths == {
+        "sae": {"sae"},
+        "sae-2dec": {"sae", "linear"},
+        "joint": {"sae", "linear", "interaction"},
+        "joint-linear": {"sae", "linear"},
+        "joint-interaction": {"sae", "interaction"},
+        "joint-mlp": {"sae", "linear", "interaction"},
+        "residual-sae": {"sae", "residual"},
+        "sequential": {"sae", "linear", "interaction"},
+    }
     assert arm("sae-2dec").nfm.n == 5 and arm("joint").nfm.n == 3
-    assert arm("sae@12").sae.F == 12 and arm("joint@0.5x").sae.F == 12 and arm("joint@2x").nfm.V.shape == (48, 4)
+    assert (
+        arm("sae@12").sae.F == 12 and arm("joint@0.5x").sae.F == 12 and arm("joint@2x").nfm.V.shape == (48, 4)
+    )
     joint, matched = d.count_parameters(arm("joint")), d.count_parameters(arm("sae@matched"))
-    assert abs(joint - matched) <= (2 * 6 + 1) / 2        # half a feature
+    assert abs(joint - matched) <= (2 * 6 + 1) / 2  # half a feature
     assert d.count_parameters(arm("joint-mlp")) == joint
     for name in ("saé", "joint@matched", "sae@x", "sae@3", "sequential@2x", "sae@-1"):
         with pytest.raises(d.UserError):
@@ -253,15 +326,15 @@ def test_training_step_is_adam_on_the_clipped_gradient_of_the_mean_squared_error
         error = ((sum(reference(x).values()) - x) ** 2).mean()
         torch.testing.assert_close(loss, error.detach())
         grads = torch.autograd.grad(error, list(reference.parameters()))
-        norm = math.sqrt(sum((g ** 2).sum().item() for g in grads))
-        assert norm > 1                                   # so that clipping is at work
+        norm = math.sqrt(sum((g**2).sum().item() for g in grads))
+        assert norm > 1  # so that clipping is at work
         with torch.no_grad():
             for p, g in zip(reference.parameters(), grads, strict=True):
                 g = g / norm
                 m, v = moments.get(p, (0, 0))
-                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
                 moments[p] = m, v
-                p -= 0.01 * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
+                p -= 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
@@ -290,19 +363,25 @@ LIFTED = ("topk_encode", "sparse_decode", "fm_interaction", "TopKSAE", "NFM", "D
 
 
 def test_core_functions_can_be_lifted_into_a_file_that_imports_only_torch(tmp_path):
-    tree = {node.name: node for node in ast.parse(SOURCE.read_text()).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    tree = {
+        node.name: node
+        for node in ast.parse(SOURCE.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
     wanted, todo = [], list(LIFTED)
-    while todo:                                           # a name, and what of this module it uses
+    while todo:  # a name, and what of this module it uses
         name = todo.pop()
         if name not in wanted:
             wanted.append(name)
             todo += [n.id for n in ast.walk(tree[name]) if isinstance(n, ast.Name) and n.id in tree]
     assert set(wanted) - set(LIFTED) <= {"sparse_outer", "_SparseDecode", "_TopKEncode"}
-    source = "import torch\n\n" + "\n\n".join(ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in tree
-                                              if name in wanted)
+    source = "import torch\n\n" + "\n\n".join(
+        ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in tree if name in wanted
+    )
     source = source.replace("class _", "class _").replace("\n    @staticmethod", "\n    @staticmethod")
-    (tmp_path / "lifted.py").write_text(source + '''
+    (tmp_path / "lifted.py").write_text(
+        source
+        + """
 
 torch.manual_seed(0)
 model = DualEncoder(TopKSAE(6, 24, 5), NFM(24, 6, 4, 3))
@@ -310,8 +389,11 @@ x = torch.randn(10, 6)
 loss = (sum(model(x).values()) - x).square().mean()
 loss.backward()
 print(loss.item(), sorted(model(x)), sum(p.grad is not None for p in model.parameters()))
-''')
-    out = subprocess.run([sys.executable, "lifted.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+"""
+    )
+    out = subprocess.run(
+        [sys.executable, "lifted.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     loss, rest = out.split(" ", 1)
     torch.manual_seed(0)
     model = d.DualEncoder(d.TopKSAE(6, 24, 5), d.NFM(24, 6, 4, 3))
@@ -322,10 +404,13 @@ print(loss.item(), sorted(model(x)), sum(p.grad is not None for p in model.param
 
 # ---- text
 
+
 def write_text(path, documents=120, words=60, seed=0):
     """A .txt file with one document of 20 to `words` words on each line."""
     rng = random.Random(seed)
-    path.write_text("\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, words))) for _ in range(documents)))
+    path.write_text(
+        "\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, words))) for _ in range(documents))
+    )
     return path
 
 
@@ -342,8 +427,17 @@ def tokenizer(text):
 def config_of(kind, layers=3, vocab=400):
     """The configuration of a language model of some thousand weights."""
     from transformers import AutoConfig
-    sizes = dict(hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, vocab_size=vocab,
-                 max_position_embeddings=64, intermediate_size=24, bos_token_id=0, eos_token_id=0)
+
+    sizes = dict(
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=64,
+        intermediate_size=24,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     if kind == "gpt2":
         sizes = dict(n_embd=16, n_layer=layers, n_head=2, vocab_size=vocab, n_positions=64)
     if kind == "qwen2":
@@ -355,6 +449,7 @@ def config_of(kind, layers=3, vocab=400):
 def model(tokenizer, tmp_path_factory):
     """A directory with a random language model and its tokenizer."""
     from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "lm"
     lm = AutoModelForCausalLM.from_config(config_of("llama", vocab=len(tokenizer)))
@@ -369,15 +464,23 @@ def test_documents_of_each_kind_of_text(tmp_path):
     def read(name, content):
         (tmp_path / name).write_text(content)
         return list(d.documents(str(tmp_path / name)))
+
     wiki = "\n = One = \n\n body a \n\n = = Part = = \n body b\n = Two = \n body c\n = A = B = \nbody d"
-    assert read("wiki.txt", wiki) == [" = One = \n body a \n = = Part = = \n body b", " = Two = \n body c",
-                                      " = A = B = \nbody d"]
+    assert read("wiki.txt", wiki) == [
+        " = One = \n body a \n = = Part = = \n body b",
+        " = Two = \n body c",
+        " = A = B = \nbody d",
+    ]
     assert read("paragraphs.txt", "a\nb\n\n\nc\n") == ["a\nb", "c"]
     assert read("lines.txt", "a\nb\nc") == ["a", "b", "c"]
     rows = ["x\n\ny", "", "z"]
-    assert read("rows.jsonl", "\n".join(json.dumps({"text": row, "id": 1}) for row in rows)) == ["x\n\ny", "z"]
+    assert read("rows.jsonl", "\n".join(json.dumps({"text": row, "id": 1}) for row in rows)) == [
+        "x\n\ny",
+        "z",
+    ]
     import pyarrow
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "rows.parquet")
     assert list(d.documents(str(tmp_path / "rows.parquet"))) == ["x\n\ny", "z"]
 
@@ -390,7 +493,7 @@ def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
         expected = []
         for number, doc in enumerate(chosen):
             ids = tokenizer(doc, add_special_tokens=False)["input_ids"]
-            expected += [(number, [0, *ids[at:at + 8]]) for at in range(0, len(ids) - 7, 8)]
+            expected += [(number, [0, *ids[at : at + 8]]) for at in range(0, len(ids) - 7, 8)]
         assert [(n, w.tolist()) for n, w in d.windows(iter(documents), tokenizer, 8, split)] == expected
         seen[split] = set(chosen)
     assert all(seen.values()) and set.union(*seen.values()) == set(documents)
@@ -406,29 +509,39 @@ def test_stream_gives_every_window_once_an_epoch_and_repeats_from_its_seed(text,
     def take(seed, count):
         stream = d.window_stream(str(text), tokenizer, T=8, split="train", seed=seed, buffer=400)
         return [(epoch, number, ids.tolist()) for epoch, number, ids in (next(stream) for _ in range(count))]
+
     once = [(n, w.tolist()) for n, w in d.windows(d.documents(str(text)), tokenizer, 8, "train")]
     two = take(5, 2 * len(once))
     for epoch in (0, 1):
         assert sorted((n, w) for e, n, w in two if e == epoch) == sorted(once)
-    assert two[:len(once)] != [(0, *w) for w in once] and [w[1:] for w in two[:len(once)]] != [w[1:] for w in two[len(once):]]
+    assert two[: len(once)] != [(0, *w) for w in once] and [w[1:] for w in two[: len(once)]] != [
+        w[1:] for w in two[len(once) :]
+    ]
     assert take(5, 50) == two[:50] and take(6, 50) != two[:50]
 
 
 def test_docstring_corpus_holds_docstrings_and_no_code(monkeypatch, tmp_path):
-    (tmp_path / "__init__.py").write_text('"""Module text."""\ndef f():\n    """Function text."""\n    return "a string"\n')
+    (tmp_path / "__init__.py").write_text(
+        '"""Module text."""\ndef f():\n    """Function text."""\n    return "a string"\n'
+    )
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_x.py").write_text('"""Test text."""')
     import importlib.util
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=tmp_path / "__init__.py"))
-    assert list(d.docstring_corpus()) == ["Module text.\n\nFunction text."]   # copies are left out
+
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=tmp_path / "__init__.py")
+    )
+    assert list(d.docstring_corpus()) == ["Module text.\n\nFunction text."]  # copies are left out
 
 
 # ---- language model and stream
 
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
 def test_capture_is_hidden_states_and_stops_the_forward(kind):
     from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config_of(kind)).eval()
     tokens = torch.randint(0, 400, (2, 9))
@@ -459,10 +572,14 @@ def open_stream(model, text, seed=0, skip=1, tokens=2000, chunk=500, epochs=1, s
     """Batches of layer-0 activations, which are the tokens' embeddings, with the plan and the windows they came from."""
     lm, tokenizer = d.load_lm(model)
     plan = d.chunk_plan(tokens=tokens, chunk=chunk, batch=batch, rows=9 - skip)
+
     def stream():
         return d.window_stream(str(text), tokenizer, T=8, split="train", seed=seed)
+
     standardiser = d.Standardiser(torch.full((16,), 0.5), torch.full((16,), 2.0))
-    batches = d.activation_batches(lm, 0, stream(), standardiser, plan=plan, epochs=epochs, seed=seed, skip=skip, start=start)
+    batches = d.activation_batches(
+        lm, 0, stream(), standardiser, plan=plan, epochs=epochs, seed=seed, skip=skip, start=start
+    )
     return lm, plan, d.take_windows(stream(), sum(size for size, _ in plan))[2], standardiser, batches
 
 
@@ -477,9 +594,9 @@ def test_every_token_of_a_window_is_trained_on_once(model, text, skip):
     torch.testing.assert_close(rows, table[tokens], rtol=1e-5, atol=1e-6)
     assert sorted(tokens.tolist()) == sorted(ids[:, skip:].flatten().tolist())
     assert all(48 <= len(x) <= 80 for _, _, x in batches) and len(rows) >= 2000
-    first_chunk = tokens[:plan[0][0] * (9 - skip)].tolist()
-    assert first_chunk != ids[:plan[0][0], skip:].flatten().tolist()   # shuffled, yet the same tokens
-    assert sorted(first_chunk) == sorted(ids[:plan[0][0], skip:].flatten().tolist())
+    first_chunk = tokens[: plan[0][0] * (9 - skip)].tolist()
+    assert first_chunk != ids[: plan[0][0], skip:].flatten().tolist()  # shuffled, yet the same tokens
+    assert sorted(first_chunk) == sorted(ids[: plan[0][0], skip:].flatten().tolist())
 
 
 def test_streams_of_one_seed_are_equal_and_resume_anywhere(model, text):
@@ -490,8 +607,8 @@ def test_streams_of_one_seed_are_equal_and_resume_anywhere(model, text):
         assert all(torch.equal(x, y) for (_, _, x), (_, _, y) in zip(rest, whole[start:], strict=True))
     other = next(open_stream(model, text, seed=1)[-1])
     assert not torch.equal(other[2][:40], whole[0][2][:40])
-    plan = open_stream(model, text)[1]                    # a chunk's second epoch holds the first's tokens in another order
-    first, second = whole[:plan[0][1]], whole[plan[0][1]:2 * plan[0][1]]
+    plan = open_stream(model, text)[1]  # a chunk's second epoch holds the first's tokens in another order
+    first, second = whole[: plan[0][1]], whole[plan[0][1] : 2 * plan[0][1]]
     a, b = torch.cat([x for *_, x in first]), torch.cat([x for *_, x in second])
     assert not torch.equal(a, b) and torch.equal(a.sort(0).values, b.sort(0).values)
 
@@ -507,8 +624,10 @@ def test_standardiser_matches_numpy_and_survives_a_constant_dimension(model, tex
     lm, tokenizer = d.load_lm(model)
     with torch.no_grad():
         lm.get_input_embeddings().weight[:, 3] = 1.5
+
     def stream():
         return d.window_stream(str(text), tokenizer, T=8, split="train", seed=0)
+
     standardiser, facts = d.estimate_standardiser(lm, 0, stream(), tokens=5000)
     ids = d.take_windows(stream(), 1000)[2]
     raw = lm.get_input_embeddings().weight[ids[:, 1:]].detach().reshape(-1, 16).double().numpy()
@@ -518,7 +637,9 @@ def test_standardiser_matches_numpy_and_survives_a_constant_dimension(model, tex
     np.testing.assert_allclose(standardiser.std, expected, rtol=1e-5)
     norms = np.linalg.norm(raw, axis=1)
     assert facts["constant_dimensions"] == 1 and facts["tokens"] == len(raw)
-    np.testing.assert_allclose(facts["largest_norm_over_median"], norms.max() / np.sort(norms)[(len(norms) - 1) // 2])
+    np.testing.assert_allclose(
+        facts["largest_norm_over_median"], norms.max() / np.sort(norms)[(len(norms) - 1) // 2]
+    )
     x = torch.from_numpy(raw).float()
     torch.testing.assert_close(standardiser.decode(standardiser.encode(x)), x)
     with torch.no_grad():
@@ -529,27 +650,41 @@ def test_standardiser_matches_numpy_and_survives_a_constant_dimension(model, tex
 
 # ---- evaluation
 
+
 def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
     models = {name: arm(name).eval() for name in ("sae", "joint", "residual-sae")}
-    x, numbers, std = 2 + normal(90, 6, dtype=torch.float32), torch.arange(90) // 20, torch.linspace(0.5, 3, 6)
-    batches = [(x[at:at + 25], numbers[at:at + 25]) for at in range(0, 90, 25)]
+    x, numbers, std = (
+        2 + normal(90, 6, dtype=torch.float32),
+        torch.arange(90) // 20,
+        torch.linspace(0.5, 3, 6),
+    )
+    batches = [(x[at : at + 25], numbers[at : at + 25]) for at in range(0, 90, 25)]
+
     class Mean(torch.nn.Module):
         learner = models["sae"].sae
+
         def forward(self, x_, counts=None):
             return {"sae": x.mean(0).expand_as(x_)}
+
     results = d.evaluate(models | {"mean": Mean()}, batches, std=std)
     assert results["mean"]["fvu"]["full"] == pytest.approx(1, abs=1e-6)
     assert results["mean"]["fvu_raw"]["full"] == pytest.approx(1, abs=1e-6)
     parts = {name: value.detach().double().numpy() for name, value in models["joint"](x).items()}
     x_, std_ = x.double().numpy(), std.double().numpy()
     spread = (x_ - x_.mean(0)) ** 2
-    for path, x_hat in {"sae": parts["sae"], "sae+linear": parts["sae"] + parts["linear"],
-                        "sae+interaction": parts["sae"] + parts["interaction"], "full": sum(parts.values())}.items():
+    for path, x_hat in {
+        "sae": parts["sae"],
+        "sae+linear": parts["sae"] + parts["linear"],
+        "sae+interaction": parts["sae"] + parts["interaction"],
+        "full": sum(parts.values()),
+    }.items():
         error = (x_hat - x_) ** 2
         own = results["joint"]
         assert own["mse"][path] == pytest.approx(error.mean(), rel=1e-5)
         assert own["fvu"][path] == pytest.approx(error.sum() / spread.sum(), rel=1e-5)
-        assert own["fvu_raw"][path] == pytest.approx((error @ std_ ** 2).sum() / (spread @ std_ ** 2).sum(), rel=1e-5)
+        assert own["fvu_raw"][path] == pytest.approx(
+            (error @ std_**2).sum() / (spread @ std_**2).sum(), rel=1e-5
+        )
         np.testing.assert_allclose(own["sse"][path], [error[numbers == n].sum() for n in range(5)], rtol=1e-5)
     assert own["magnitude"]["linear"] == pytest.approx(np.abs(parts["linear"]).mean(), rel=1e-5)
     assert own["l0"] == pytest.approx((models["joint"].sae.encode(x)[0] > 0).sum().item() / 90)
@@ -568,7 +703,7 @@ def test_gain_and_its_interval():
     se = np.sqrt(((own - ratio * base) ** 2).sum()) / base.sum()
     assert (high - low) / (2 * 1.96 * se) == pytest.approx(1, abs=0.1)
     covered = 0
-    for seed in range(100):                               # and it covers the truth as often as it says
+    for seed in range(100):  # and it covers the truth as often as it says
         rng = np.random.default_rng(seed)
         base = rng.gamma(2, 10, 60)
         _, low, high = d.gain(base * rng.normal(0.8, 0.2, 60), base, resamples=300)
@@ -578,6 +713,7 @@ def test_gain_and_its_interval():
 
 
 # ---- the stages, end to end
+
 
 def stage(name, run, *flags):
     """Run a stage as a user would; the exit status."""
@@ -598,26 +734,45 @@ def trained(model, text, tmp_path_factory):
 
 def test_the_run_holds_what_it_should(trained):
     names = {p.name for p in trained.iterdir()}
-    assert names == {f"{arm}.safetensors" for arm in ARMS} | {"config.json", "standardiser.safetensors", "train.jsonl",
-                                                              "results"}
+    assert names == {f"{arm}.safetensors" for arm in ARMS} | {
+        "config.json",
+        "standardiser.safetensors",
+        "train.jsonl",
+        "results",
+    }
     results = json.loads((trained / "results" / "recon.json").read_text())
     assert set(results["arms"]) == set(ARMS)
     joint = results["arms"]["joint"]
     assert {"mse", "fvu", "fvu_raw", "dead", "l0", "params"} <= set(joint)
     assert set(joint["fvu_by_path"]) == {"sae", "sae+linear", "sae+interaction", "full"}
-    assert joint["improvement"]["published"] == pytest.approx(1 - joint["mse_by_path"]["full"] / joint["mse_by_path"]["sae"])
+    assert joint["improvement"]["published"] == pytest.approx(
+        1 - joint["mse_by_path"]["full"] / joint["mse_by_path"]["sae"]
+    )
     assert joint["improvement"]["matched"] == pytest.approx(1 - joint["mse"] / results["arms"]["sae"]["mse"])
-    assert joint["improvement"]["parameter_matched"] == pytest.approx(1 - joint["mse"] / results["arms"]["sae@matched"]["mse"])
+    assert joint["improvement"]["parameter_matched"] == pytest.approx(
+        1 - joint["mse"] / results["arms"]["sae@matched"]["mse"]
+    )
     cut = joint["cut"]
-    assert cut["add_linear"] + cut["leave_out_interaction"] == pytest.approx(joint["improvement"]["published"])
+    assert cut["add_linear"] + cut["leave_out_interaction"] == pytest.approx(
+        joint["improvement"]["published"]
+    )
     assert cut["sum_less_both"] == pytest.approx(cut["add_linear"] - cut["leave_out_linear"])
-    assert joint["lr"] == min(joint["validation_mse"], key=joint["validation_mse"].get, default=None) or \
-        f"{joint['lr']:g}" == min(joint["validation_mse"], key=joint["validation_mse"].get)
-    assert results["config"]["tokens"] == 3000 and len(results["sha256"]) == 64 and "torch" in results["versions"]
+    assert joint["lr"] == min(
+        joint["validation_mse"], key=joint["validation_mse"].get, default=None
+    ) or f"{joint['lr']:g}" == min(joint["validation_mse"], key=joint["validation_mse"].get)
+    assert (
+        results["config"]["tokens"] == 3000
+        and len(results["sha256"]) == 64
+        and "torch" in results["versions"]
+    )
     log = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
     steps = {(e["arm"], e["lr"], e["step"]) for e in log}
-    assert len(steps) == len(log) and {e["arm"] for e in log} == set(ARMS) and {e["lr"] for e in log} == {0.003, 0.01}
-    for name in ARMS:                                     # every arm learned something
+    assert (
+        len(steps) == len(log)
+        and {e["arm"] for e in log} == set(ARMS)
+        and {e["lr"] for e in log} == {0.003, 0.01}
+    )
+    for name in ARMS:  # every arm learned something
         curve = [e["mse"] for e in log if e["arm"] == name and e["lr"] == 0.01]
         assert curve[-1] < curve[0]
 
@@ -633,13 +788,19 @@ def test_a_second_call_does_nothing_but_print(trained, capsys):
     assert "sae@matched" in out and "Convergence" in out
 
 
-def test_an_arm_alone_in_several_passes_or_beside_others_ends_with_the_same_weights(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("joint*", "seq*", "results", "train.jsonl"))
+def test_an_arm_alone_in_several_passes_or_beside_others_ends_with_the_same_weights(
+    trained, tmp_path, monkeypatch
+):
+    shutil.copytree(
+        trained, tmp_path / "run", ignore=shutil.ignore_patterns("joint*", "seq*", "results", "train.jsonl")
+    )
     assert stage("train", tmp_path / "run", "joint") == 0
     assert same_weights(tmp_path / "run" / "joint.safetensors", trained / "joint.safetensors")
     monkeypatch.setattr(d, "memory_budget", lambda device: 1)
     passes, train_pass = [], d.train_pass
-    monkeypatch.setattr(d, "train_pass", lambda cfg, data, arms: passes.append(list(arms)) or train_pass(cfg, data, arms))
+    monkeypatch.setattr(
+        d, "train_pass", lambda cfg, data, arms: passes.append(list(arms)) or train_pass(cfg, data, arms)
+    )
     (tmp_path / "run" / "joint.safetensors").unlink()
     assert stage("train", tmp_path / "run", "joint", "joint-interaction", "sequential") == 0
     assert passes == [["joint"], ["joint-interaction"], ["sequential"]]
@@ -657,35 +818,47 @@ def test_dropout_does_not_depend_on_who_is_trained_beside(model, text, tmp_path)
 def interrupt_after(monkeypatch, steps):
     """Make the training step raise KeyboardInterrupt after that many calls."""
     calls, training_step = [0], d.training_step
+
     def step(*args, **options):
         calls[0] += 1
         if calls[0] > steps:
             raise KeyboardInterrupt
         return training_step(*args, **options)
+
     monkeypatch.setattr(d, "training_step", step)
 
 
-def test_interrupted_runs_end_with_the_same_weights_also_from_different_steps(trained, tmp_path, monkeypatch, capsys):
+def test_interrupted_runs_end_with_the_same_weights_also_from_different_steps(
+    trained, tmp_path, monkeypatch, capsys
+):
     run, flags = tmp_path / "run", ["sae", "joint", "sequential", "--save-minutes", 0]
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint*", "s*e*", "results", "train.jsonl"))
     shutil.copy(trained / "standardiser.safetensors", run)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 4 * 7)                     # two arms at two rates, seven steps
+        interrupt_after(patch, 4 * 7)  # two arms at two rates, seven steps
         assert stage("train", run, *flags) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     shutil.copy(run / "joint.ckpt", tmp_path)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 4 * 20)
         assert stage("train", run, *flags) == 130
-    shutil.copy(tmp_path / "joint.ckpt", run)             # as if the crash had come between two files
-    steps = [torch.load(run / f"{name}.ckpt", weights_only=True)["candidates"][0]["step"] for name in ("sae", "joint")]
+    shutil.copy(tmp_path / "joint.ckpt", run)  # as if the crash had come between two files
+    steps = [
+        torch.load(run / f"{name}.ckpt", weights_only=True)["candidates"][0]["step"]
+        for name in ("sae", "joint")
+    ]
     assert steps[0] > steps[1] > 0
     assert stage("train", run, *flags) == 0
     for name in ("sae", "joint", "sequential"):
         assert same_weights(run / f"{name}.safetensors", trained / f"{name}.safetensors")
+
     def log(path):
-        return sorted(line for line in (path / "train.jsonl").read_text().splitlines()
-                      if json.loads(line)["arm"] in ("sae", "joint", "sequential"))
+        return sorted(
+            line
+            for line in (path / "train.jsonl").read_text().splitlines()
+            if json.loads(line)["arm"] in ("sae", "joint", "sequential")
+        )
+
     assert log(run) == log(trained) and not list(run.glob("*.ckpt"))
 
 
@@ -706,12 +879,16 @@ def test_kill_nine_and_resume(trained, tmp_path):
         assert same_weights(run / f"{name}.safetensors", trained / f"{name}.safetensors")
 
 
-def test_a_loss_that_is_not_finite_stops_with_arm_and_step_and_keeps_the_checkpoint(trained, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_with_arm_and_step_and_keeps_the_checkpoint(
+    trained, tmp_path, monkeypatch, capsys
+):
     run, calls, training_step = tmp_path / "run", [0], d.training_step
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint*", "results", "train.jsonl"))
+
     def step(model, optimizer, x, **options):
         calls[0] += 1
         return training_step(model, optimizer, x * math.inf if calls[0] > 2 * 30 else x, **options)
+
     monkeypatch.setattr(d, "training_step", step)
     assert stage("train", run, "joint", "--save-minutes", 0) == 2
     assert "arm joint at lr 0.003: the loss is not finite at step 30;" in capsys.readouterr().err
@@ -730,15 +907,22 @@ def test_a_full_disk_gives_one_line_and_leaves_good_files(trained, tmp_path, mon
         interrupt_after(patch, 2 * 9)
         assert stage("train", run, "joint", "--save-minutes", 0) == 130
     good, save = (run / "joint.ckpt").read_bytes(), torch.save
+
     def full(state, path):
         save(state, path)
         os.truncate(path, 1000)
         raise OSError(28, "No space left on device")
+
     capsys.readouterr()
     monkeypatch.setattr(torch, "save", full)
     assert stage("train", run, "joint", "--save-minutes", 0) == 2
-    assert capsys.readouterr().err == f"dualenc: cannot write {run}/joint.ckpt: [Errno 28] No space left on device\n"
-    assert (run / "joint.ckpt").read_bytes() == good and not list(run.glob("*.tmp")) and not list(run.glob(".*"))
+    assert (
+        capsys.readouterr().err
+        == f"dualenc: cannot write {run}/joint.ckpt: [Errno 28] No space left on device\n"
+    )
+    assert (
+        (run / "joint.ckpt").read_bytes() == good and not list(run.glob("*.tmp")) and not list(run.glob(".*"))
+    )
 
 
 def test_load_arm_reconstructs_raw_activations(trained, text, model):
@@ -754,19 +938,44 @@ def test_load_arm_reconstructs_raw_activations(trained, text, model):
 
 
 def test_float16_weights_and_published_epsilon_train(trained, model, text, tmp_path):
-    flags = ["--model", model, "--text", text, "--layer", 1, *SMALL, "--param-dtype", "float16", "--adam-eps", "1e-5"]
+    flags = [
+        "--model",
+        model,
+        "--text",
+        text,
+        "--layer",
+        1,
+        *SMALL,
+        "--param-dtype",
+        "float16",
+        "--adam-eps",
+        "1e-5",
+    ]
     assert stage("train", tmp_path / "half", "sae", *flags) == 0
     loaded = d.load_arm(tmp_path / "half" / "sae.safetensors")
     assert loaded.sae.W_dec.dtype == torch.float32
-    assert torch.equal(loaded.sae.W_dec, loaded.sae.W_dec.half().float())   # values that fp16 can hold
+    assert torch.equal(loaded.sae.W_dec, loaded.sae.W_dec.half().float())  # values that fp16 can hold
     assert not same_weights(tmp_path / "half" / "sae.safetensors", trained / "sae.safetensors")
 
 
 def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, text, capsys):
-    assert stage("lm", tmp_path / "run", "--text", write_text(tmp_path / "more.txt", 150, words=500), "--lm-steps", 3) == 0
+    assert (
+        stage(
+            "lm",
+            tmp_path / "run",
+            "--text",
+            write_text(tmp_path / "more.txt", 150, words=500),
+            "--lm-steps",
+            3,
+        )
+        == 0
+    )
     assert "perplexity" in capsys.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    lm, tokenizer = (c.from_pretrained(tmp_path / "run" / "lm") for c in (AutoModelForCausalLM, AutoTokenizer))
+
+    lm, tokenizer = (
+        c.from_pretrained(tmp_path / "run" / "lm") for c in (AutoModelForCausalLM, AutoTokenizer)
+    )
     assert tokenizer.decode(tokenizer("some words").input_ids) == "some words" and tokenizer.bos_token_id == 0
     assert lm.config.num_hidden_layers == 4 and lm.config.vocab_size == len(tokenizer)
     assert stage("lm", tmp_path / "run") == 0
@@ -776,16 +985,19 @@ def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, text, capsys):
 def test_first_position_can_be_kept(trained, model, text, tmp_path):
     flags = ["--model", model, "--text", text, "--layer", 1, *SMALL, "--keep-first"]
     assert stage("train", tmp_path / "run", "sae", *flags) == 0 and stage("recon", tmp_path / "run") == 0
-    kept, left = (json.loads((run / "results" / "recon.json").read_text()) for run in (tmp_path / "run", trained))
+    kept, left = (
+        json.loads((run / "results" / "recon.json").read_text()) for run in (tmp_path / "run", trained)
+    )
     assert kept["tokens"] == math.ceil(600 / 9) * 9 and left["tokens"] == 600
 
 
 # ---- plan and command line
 
+
 def test_plan_of_the_papers_size_counts_as_the_paper_does(capsys, tmp_path):
     assert stage("plan", tmp_path / "run", "--preset", "paper") == 0
     out = capsys.readouterr().out
-    assert "joint has 496.1 M parameters: SAE 64.5 %, linear 32.3 %, nonlinear 3.2 %" in out
+    assert "joint: 496.1 M parameters, SAE 64.5 %, linear 32.3 %, nonlinear 3.2 %" in out
     assert "3,426.5 M parameters" in out and "on a GPU of 24 GB" in out and not (tmp_path / "run").exists()
     D, F, K = 3200, 50_000, 300
     assert D * F * 3 + F * K + K * K + K * D + F + 3 * D + K == pytest.approx(496.1e6, abs=5e4)
@@ -806,12 +1018,17 @@ def test_bytes_and_operations_against_a_count_by_hand():
     assert d.step_flops(model, 10) == 2 * (1000 + 3 * (60 + 40 + 2 * 20 + 25 + 50))
 
 
-@given(sizes=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=8), budget=st.integers(1, 120))
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=8),
+    budget=st.integers(1, 120),
+)
 def test_passes_fit_keep_the_order_and_are_not_split_without_need(sizes, budget):
     costs = {str(i): size for i, size in enumerate(sizes)}
     groups = d.group_passes(costs, budget)
+
     def need(group):
         return sum(costs[name][0] for name in group) + max(costs[name][1] for name in group)
+
     assert sum(groups, []) == list(costs)
     assert all(len(group) == 1 or need(group) <= budget for group in groups)
     assert all(need([*first, second[0]]) > budget for first, second in zip(groups, groups[1:], strict=False))
@@ -824,9 +1041,11 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
         for reader in readers.split():
             flag = f"--{name.replace('_', '-')}"
             value = "float16" if name == "param_dtype" else values[kind]
-            args = d.parser().parse_args([reader, "--run", str(tmp_path / "none"), flag, *([value] if value else [])])
+            args = d.parser().parse_args(
+                [reader, "--run", str(tmp_path / "none"), flag, *([value] if value else [])]
+            )
             for other in {"features": ("k", "n", "top"), "k": ("n", "top")}.get(name, ()):
-                setattr(args, other, 1)                   # 7 must be a possible value
+                setattr(args, other, 1)  # 7 must be a possible value
             cfg = d.resolve(args)
             expected = True if kind is bool else [0.5] if name == "lr" else kind(value)
             assert getattr(cfg, name) == cfg.fields[name] == expected
@@ -836,11 +1055,15 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
 @pytest.mark.parametrize("stage_name", ["plan", "lm", "train", "recon"])
 def test_help_is_quick_and_names_the_papers_values(stage_name):
     start = time.monotonic()
-    out = subprocess.run([sys.executable, str(SOURCE), stage_name, "--help"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, str(SOURCE), stage_name, "--help"], capture_output=True, text=True, check=True
+    )
     assert "--preset" in out.stdout and "transformers" not in sys.modules or time.monotonic() - start < 60
-    code = f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path.insert(0, {str(SOURCE.parent)!r})\n" \
-           "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n" \
-           "assert not {'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)"
+    code = (
+        f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
+        "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n"
+        "assert not {'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -873,7 +1096,7 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         (["train", *base, "--model", tmp_path / "none"], "cannot load the language model"),
         (["train", *base, "--model", tmp_path / "nonsense"], "cannot load the language model"),
         (["train", *base, "--text", tmp_path / "none.txt"], "there is no text file"),
-        (["train", *base, "--text", "nothing"], "is neither docstrings"),
+        (["train", *base, "--text", "nothing"], "is not docstrings"),
         (["train", *base, "--text", tmp_path / "empty.txt"], "no document of the train split"),
         (["train", *base, "--text", tmp_path / "blank.txt"], "no document of the train split"),
         (["train", *base, "--text", tmp_path / "short.txt"], "has 8 tokens"),
@@ -893,28 +1116,41 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         run = tmp_path / f"run{number}"
         try:
             status = d.main([*map(str, command), *(["--run", str(run)] if command else [])])
-        except SystemExit as stop:                        # argparse's own complaints
+        except SystemExit as stop:  # argparse's own complaints
             status = stop.code
         error = capsys.readouterr().err.strip()
         assert status == 2 and message in error and error.count("\n") == 0, (command, error)
         assert error.startswith("dualenc: ") and "Traceback" not in error
-        assert not run.exists(), command                  # nothing half-written
-    for flags, message in ((["--features", 50], "was made with features = 48, not 50"), (["--seed", 3], "seed = 0, not 3"),
-                           (["--preset", "small"], "was made with preset = tiny, not small")):
+        assert not run.exists(), command  # nothing half-written
+    for flags, message in (
+        (["--features", 50], "was made with features = 48, not 50"),
+        (["--seed", 3], "seed = 0, not 3"),
+        (["--preset", "small"], "was made with preset = tiny, not small"),
+    ):
         assert stage("train", trained, *flags) == 2
         assert message in capsys.readouterr().err
 
 
 def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, capsys):
     from safetensors.torch import save_file
+
     whole = (trained / "sae.safetensors").read_bytes()
     foreign = tmp_path / "foreign.safetensors"
     save_file({"W": torch.zeros(2)}, foreign)
     narrow = d.make_arm("sae", **SIZES)
-    d.save_arm(tmp_path / "narrow.safetensors", narrow, d.Standardiser(torch.zeros(6), torch.ones(6)),
-               d.load_arm(trained / "sae.safetensors").config | SIZES)
-    wrong = [(whole[:len(whole) // 2], "is damaged"), (b"", "is damaged"), (os.urandom(999), "is damaged"),
-             (foreign.read_bytes(), "not an arm"), ((tmp_path / "narrow.safetensors").read_bytes(), "has D=6, the language")]
+    d.save_arm(
+        tmp_path / "narrow.safetensors",
+        narrow,
+        d.Standardiser(torch.zeros(6), torch.ones(6)),
+        d.load_arm(trained / "sae.safetensors").config | SIZES,
+    )
+    wrong = [
+        (whole[: len(whole) // 2], "is damaged"),
+        (b"", "is damaged"),
+        (os.urandom(999), "is damaged"),
+        (foreign.read_bytes(), "not an arm"),
+        ((tmp_path / "narrow.safetensors").read_bytes(), "has D=6, the model"),
+    ]
     for number, (content, message) in enumerate(wrong):
         run = tmp_path / f"run{number}"
         shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results"))
@@ -930,9 +1166,14 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, c
     state = torch.load(run / "joint.ckpt", weights_only=True)
     good = (run / "joint.ckpt").read_bytes()
     torch.save(state | {"arm": "joint-linear"}, tmp_path / "other.ckpt")
-    torch.save([os.system], tmp_path / "code.ckpt")       # a pickle that names a function is not executed
-    for content in (good[:len(good) // 2], b"", os.urandom(2000), (tmp_path / "other.ckpt").read_bytes(),
-                    (tmp_path / "code.ckpt").read_bytes()):
+    torch.save([os.system], tmp_path / "code.ckpt")  # a pickle that names a function is not executed
+    for content in (
+        good[: len(good) // 2],
+        b"",
+        os.urandom(2000),
+        (tmp_path / "other.ckpt").read_bytes(),
+        (tmp_path / "code.ckpt").read_bytes(),
+    ):
         (run / "joint.ckpt").write_bytes(content)
         capsys.readouterr()
         assert stage("train", run, "joint") == 2
@@ -947,6 +1188,7 @@ def test_gpu_memory_running_out_names_the_flags(monkeypatch, capsys):
     def run_out(cfg):
         """Stage `plan`: fails."""
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.\nMore text.")
+
     monkeypatch.setitem(d.STAGES, "plan", run_out)
     assert d.main(["plan"]) == 2
     error = capsys.readouterr().err
@@ -956,7 +1198,13 @@ def test_gpu_memory_running_out_names_the_flags(monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_trains_what_the_cpu_trains(model, text, trained, tmp_path):
     flags = ["--model", model, "--text", text, "--layer", 1, *SMALL, "--device", "cuda"]
-    assert stage("train", tmp_path / "run", "sae", "joint", *flags) == 0 and stage("recon", tmp_path / "run") == 0
-    ours, theirs = (json.loads((run / "results" / "recon.json").read_text())["arms"] for run in (tmp_path / "run", trained))
+    assert (
+        stage("train", tmp_path / "run", "sae", "joint", *flags) == 0
+        and stage("recon", tmp_path / "run") == 0
+    )
+    ours, theirs = (
+        json.loads((run / "results" / "recon.json").read_text())["arms"]
+        for run in (tmp_path / "run", trained)
+    )
     for name in ("sae", "joint"):
         assert ours[name]["mse"] == pytest.approx(theirs[name]["mse"], rel=0.02)
