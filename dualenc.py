@@ -41,6 +41,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import sys
 import time
 import types
@@ -65,7 +66,6 @@ def sparse_outer(values, indices, x, F):
         by_feature // indices.shape[1], x, counts.cumsum(0) - counts, mode="sum",
         per_sample_weights=values.reshape(-1)[by_feature])
 
-
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, indices, W):
@@ -86,12 +86,10 @@ class _SparseDecode(torch.autograd.Function):
             grad_W = sparse_outer(values, indices, grad, W.shape[0])
         return grad_values, None, grad_W
 
-
 def sparse_decode(values, indices, W):
     """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width).
     The dense code times W, at O(k·width) a token. Differentiable (once) in values and W."""
     return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
-
 
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
@@ -111,16 +109,13 @@ class _TopKEncode(torch.autograd.Function):
         grad_b = grad.new_zeros(len(W_enc)).index_add_(0, indices.reshape(-1), grad.reshape(-1))
         return grad_x, grad_W, grad_b, None
 
-
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
     Values descend; a row with fewer than k positive pre-activations is padded with features of value 0.
-    Differentiable (once) in x, W_enc and b_enc, through the kept features only (Gao et al., 2024). Raises
-    ValueError unless 1 <= k <= F."""
+    Differentiable (once) in x, W_enc, b_enc, through kept features (Gao et al., 2024). May raise ValueError."""
     if not 1 <= k <= len(W_enc):
         raise ValueError(f"k must lie between 1 and F={len(W_enc)}, not {k}")
     return _TopKEncode.apply(x, W_enc, b_enc, k)
-
 
 def fm_interaction(values, indices, V):
     """z = ½[(Σ_j f_j V_j)² - Σ_j (f_j V_j)²] = Σ_{a<b} f_a f_b V_a∘V_b: (B, n), (B, n), V (F, K) -> (B, K).
@@ -128,7 +123,6 @@ def fm_interaction(values, indices, V):
     outer brackets; this identity is what its code trains."""
     total = sparse_decode(values, indices, V)
     return 0.5 * (total.square() - sparse_decode(values.square(), indices, V.square()))
-
 
 def fm_interaction_pairwise(values, indices, V):
     """The definition that fm_interaction computes faster, pair by pair, O(n²·K): for readers and tests."""
@@ -151,7 +145,6 @@ def fm_interaction_pairwise(values, indices, V):
 
 class UserError(ValueError):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
-
 
 class TopKSAE(torch.nn.Module):
     """f = TopK_k(ReLU(x W_encᵀ + b_enc)), x_hat = f W_dec + b_dec; W_enc, W_dec (F, D).
@@ -177,7 +170,6 @@ class TopKSAE(torch.nn.Module):
     def forward(self, x):
         """x_hat of x: (B, D) -> (B, D)."""
         return self.decode(*self.encode(x))
-
 
 class NFM(torch.nn.Module):
     """The paper's integration paths; both read f_n, the n largest of the kept features.
@@ -221,7 +213,6 @@ class NFM(torch.nn.Module):
             parts["interaction"] = self.interaction(self.post_mlp1(values, indices, generator))
         return parts
 
-
 class DualEncoder(torch.nn.Module):
     """x_hat = x_sae + x_lin + x_int: a TopKSAE and, on its code, an NFM. Every arm is one of these.
     Without nfm it is the plain SAE; with `second`, a TopKSAE that reads the first one's residual, the paper's
@@ -240,8 +231,7 @@ class DualEncoder(torch.nn.Module):
 
     def forward(self, x, generator=None, counts=None):
         """x (B, D) -> parts (B, D) that add up to x_hat: "sae", and "linear", "interaction" or "residual".
-        counts: optional (F,) tensor, to which the number of tokens that kept each feature is added in
-        place."""
+        counts: optional (F,) tensor; the number of tokens that kept each feature is added to it in place."""
         values, indices = self.sae.encode(x)
         parts = {"sae": self.sae.decode(values, indices)}
         if self.nfm:
@@ -252,7 +242,6 @@ class DualEncoder(torch.nn.Module):
         if counts is not None:
             counts.index_add_(0, indices.reshape(-1), (values > 0).reshape(-1).to(counts.dtype))
         return parts
-
 
 ARMS = {   # arm: the paths of its NFM (None: it has no NFM)
     "sae": None,
@@ -266,18 +255,15 @@ ARMS = {   # arm: the paths of its NFM (None: it has no NFM)
 }
 CHILDREN = ("sequential", "residual-sae")                 # trained after `sae`, on top of it
 
-
 def count_parameters(model):
     """Number of weights in a module."""
     return sum(p.numel() for p in model.parameters())
-
 
 def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     """Build the arm called `name`, its weights drawn from torch's global generator: a DualEncoder.
     A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as
     make its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied,
-    frozen, cut to its `top` largest features (default n). Raises UserError for an unknown name or size, or a
-    missing parent."""
+    frozen, cut to its `top` largest features (default n). Raises UserError for a bad name, a missing parent."""
     base, _, size = name.partition("@")
     if base not in ARMS or (size and base in CHILDREN):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two "
@@ -304,7 +290,6 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     if paths is None:
         return DualEncoder(frozen, second=TopKSAE(D, F, top))
     return DualEncoder(frozen, NFM(F, D, K, top, dropout=dropout, **paths))
-
 
 def fold_linear(model):
     """The one TopKSAE that a DualEncoder with a linear path alone equals: W_dec + W_lin, b_dec + b_lin.
@@ -336,7 +321,6 @@ def blame(what):
             raise
         raise UserError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
 
-
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path; what was written there replaces `path` at the end, or vanishes on an error.
@@ -349,21 +333,25 @@ def replacing(path):
             yield temporary
             os.replace(temporary, path)
     finally:
-        if temporary.is_file():
-            temporary.unlink()
-
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
 
 def write_json(path, data):
     """Write data as JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
 
-
 def read_json(path):
     """Read a JSON object. Raises UserError if the file holds none."""
     with blame(f"cannot read {path}"):
         return dict(json.loads(pathlib.Path(path).read_text()))
 
+def read_log(path):
+    """Entries of a file of JSON lines, but for a last line that a crash cut short; none of a missing file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with blame(f"{path} is damaged"):
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 class Standardiser(torch.nn.Module):
     """One mean and one standard deviation per dimension, (D,), fixed for a run."""
@@ -381,7 +369,6 @@ class Standardiser(torch.nn.Module):
         """Standardised x (…, D) -> raw activations (…, D)."""
         return x * self.std + self.mean
 
-
 def save_arm(path, model, standardiser, config):
     """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
     from safetensors.torch import save_file
@@ -391,11 +378,9 @@ def save_arm(path, model, standardiser, config):
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
                   metadata={"dualenc": json.dumps(config)})
 
-
 def load_arm(path):
     """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
-    model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged or foreign
-    file."""
+    model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged file."""
     from safetensors import safe_open
     with blame(f"{path} is not an arm that this program wrote, or is damaged"):
         with safe_open(path, "pt") as file:
@@ -454,7 +439,6 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
 }
 
-
 def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag."""
     for field, (kind, *_) in FLAGS.items():
@@ -471,7 +455,6 @@ def validate(cfg):
             (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
         if not good:
             raise UserError(rule)
-
 
 def resolve(args):
     """Settings of a stage: the run's config.json, else the preset and the flags given; and `run`, `device`,
@@ -501,14 +484,11 @@ def resolve(args):
     validate(cfg)
     return cfg
 
-
 def write_results(cfg, stage, results):
-    """Write results/STAGE.json with what it takes to trace it: configuration, library versions, source
-    hash."""
+    """Write results/STAGE.json and what it takes to trace it: configuration, versions, source hash."""
     origin = dict(config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
                   sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest())
     write_json(cfg.run / "results" / f"{stage}.json", results | origin)
-
 
 def table(*rows):
     """Print rows of strings as aligned columns, the first to the left, the others to the right."""
@@ -530,10 +510,8 @@ LM_CONFIGS = {   # known without a download, for `plan`; "tiny" is what `lm` tra
     "openlm-research/open_llama_3b": dict(model_type="llama", hidden_size=3200, intermediate_size=8640,
                                           num_hidden_layers=26, num_attention_heads=32, vocab_size=32000)}
 
-
 class _Captured(Exception):
     """Carries the activations out of a forward that is stopped on purpose."""
-
 
 def find_blocks(lm, layer=0):
     """The transformer blocks: the one ModuleList as long as the model is deep.
@@ -545,7 +523,6 @@ def find_blocks(lm, layer=0):
     if not 0 <= layer < depth:
         raise UserError(f"layer {layer} is out of range: {type(lm).__name__} has blocks 0 to {depth - 1}")
     return found[0]
-
 
 def capture(lm, layer, tokens):
     """Residual stream that enters block `layer`: tokens (B, T) -> (B, T, D), equal to hidden_states[layer].
@@ -562,11 +539,9 @@ def capture(lm, layer, tokens):
     finally:
         handle.remove()
 
-
 def load_lm(path, *, device="cpu", layer=None):
     """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a
-    GPU. layer: keep only what `capture` runs for that layer, without the later blocks and the head. Raises
-    UserError."""
+    GPU. layer: keep only what `capture` at that layer runs, no later blocks and no head. Raises UserError."""
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else some hub models are fetched twice
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
@@ -579,7 +554,6 @@ def load_lm(path, *, device="cpu", layer=None):
         del find_blocks(lm, layer)[layer + 1:]
         lm.config.get_text_config().num_hidden_layers = layer + 1
     return lm.to(device).eval().requires_grad_(False), tokenizer
-
 
 def open_lm(cfg, layer=None):
     """The run's language model and tokenizer, on its device; layer as in load_lm."""
@@ -595,8 +569,7 @@ def open_lm(cfg, layer=None):
 # validation and test differ by document: its hash decides, so that copies of one document fall together.
 
 def docstring_corpus():
-    """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator of
-    strings."""
+    """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator."""
     import ast
     import importlib.util
     import warnings
@@ -614,10 +587,8 @@ def docstring_corpus():
             if docstrings:
                 yield "\n\n".join(docstrings)
 
-
 def text_rows(source):
-    """Rows of a text, streamed: source is a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION].
-    UserError."""
+    """Rows of a .txt, .jsonl or .parquet file, or of a hub data set, HUB_ID[:CONFIGURATION], streamed."""
     import datasets
     datasets.disable_progress_bars()
     path, (hub_id, _, configuration) = pathlib.Path(source), source.partition(":")
@@ -635,7 +606,6 @@ def text_rows(source):
             if not isinstance(row.get("text"), str):
                 raise UserError(f"{source}: a row has no string called 'text', only {', '.join(row)}")
             yield row["text"].rstrip("\n")
-
 
 def documents(source):
     """Documents of a text: an iterator of strings; source as in text_rows.
@@ -657,17 +627,13 @@ def documents(source):
     if lines:
         yield "\n".join(lines)
 
-
 def split_of(document):
-    """The split of a document, by its hash: a tenth is "validation", a tenth is "test", the rest is
-    "train"."""
+    """The split of a document, by its hash: a tenth "validation", a tenth "test", the rest "train"."""
     return {0: "validation", 1: "test"}.get(zlib.crc32(document.encode("utf-8", "replace")) % 10, "train")
-
 
 def windows(texts, tokenizer, T, split):
     """Windows of T tokens inside the documents of one split: an iterator of (document's number, ids).
-    ids is an int32 array, the tokenizer's BOS in front where it has one. A document's incomplete last window
-    is left out."""
+    ids is an int32 array, behind the tokenizer's BOS if it has one; an incomplete last window is left out."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     chosen = (text for text in texts if split_of(text) == split)
     for first in itertools.count(step=64):                # documents that are tokenised at once
@@ -678,7 +644,6 @@ def windows(texts, tokenizer, T, split):
         for number, ids in enumerate(encoded, first):
             for at in range(0, len(ids) - T + 1, T):
                 yield number, np.array(front + ids[at:at + T], dtype=np.int32)
-
 
 def shuffled(items, size, rng):
     """Shuffle a stream through a buffer of `size` items; rng is a random.Random."""
@@ -693,7 +658,6 @@ def shuffled(items, size, rng):
     rng.shuffle(buffer)
     yield from buffer
 
-
 def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
     """Endless shuffled windows, epoch after epoch, fixed by the seed: (epoch, document's number, ids).
     buffer is in tokens. Raises UserError if the split has not one window."""
@@ -705,16 +669,13 @@ def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
             raise UserError(f"{source}: no document of the {split} split has {T} tokens; lower --window or "
                             f"give more documents (a tenth of them is for validation, a tenth for test)")
 
-
 def take_windows(stream, count):
     """The next windows of a stream: (epoch of the last, documents' numbers (count,), ids (count, T))."""
     epochs, numbers, ids = zip(*itertools.islice(stream, count), strict=True)
     return epochs[-1], torch.tensor(numbers), torch.from_numpy(np.stack(ids)).long()
 
-
 def text_source(cfg):
-    """What `documents` reads for this run. The docstring corpus is parsed once and kept in the run
-    directory."""
+    """What `documents` reads for this run; docstrings are parsed once and kept in the run directory."""
     if cfg.text != "docstrings":
         return cfg.text
     corpus = cfg.run / "corpus.jsonl"
@@ -722,7 +683,6 @@ def text_source(cfg):
         with replacing(corpus) as temporary, open(temporary, "w") as file:
             file.writelines(json.dumps({"text": document}) + "\n" for document in docstring_corpus())
     return str(corpus)
-
 
 def train_tokenizer(texts, vocab_size):
     """Byte-level BPE with a BOS token, as a transformers tokenizer."""
@@ -734,7 +694,6 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=["<s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
-
 
 def run_lm(cfg):
     """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
@@ -788,14 +747,12 @@ def extract(lm, layer, ids, *, skip=1, at_once=64):
         rows[at * width:at * width + len(raw)] = raw
     return rows
 
-
 def chunk_plan(*, tokens, chunk, batch, rows):
     """(windows, batches) of each chunk, all about alike; rows is how many tokens of a window are used."""
     total = math.ceil(tokens / rows)
     chunks = math.ceil(total / max(1, chunk // rows))
     sizes = [total // chunks + (number < total % chunks) for number in range(chunks)]
     return [(size, max(1, round(size * rows / batch))) for size in sizes]
-
 
 def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=0, skip=1, start=0):
     """Shuffled batches of standardised activations: an iterator of (step, epoch of the text, x (B, D)).
@@ -815,11 +772,9 @@ def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=
                     yield step, text_epoch, standardiser.encode(x[picked])
                 step += 1
 
-
 def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
     """Mean and std per dimension over at least `tokens` activations: (Standardiser, facts about them).
-    A dimension that never varies gets std 1 and is counted in the facts. Raises UserError on non-finite
-    values."""
+    A dimension that never varies gets std 1, and is counted. Raises UserError on non-finite values."""
     count, total, squares, norms = 0, 0, 0, []
     while count < tokens:
         raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip).double()
@@ -834,11 +789,9 @@ def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
                  largest_norm_over_median=float(norms.max() / norms.median()))
     return Standardiser(mean.float(), variance.sqrt().masked_fill(constant, 1.0).float()), facts
 
-
 def open_data(cfg, *, whole=False):
     """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
-    standardiser. A run's first call writes its config.json and its standardiser, and prints what the latter
-    saw."""
+    standardiser. A run's first call writes its config.json and its standardiser."""
     from safetensors.torch import load_file, save_file
     lm, tokenizer = open_lm(cfg, None if whole else cfg.layer)
     source, skip = text_source(cfg), 0 if cfg.keep_first else 1
@@ -868,16 +821,13 @@ def path_sums(parts):
     paths = {f"sae+{name}": parts["sae"] + part for name, part in parts.items() if name != "sae"}
     return {"sae": parts["sae"]} | paths | {"full": sum(parts.values())}
 
-
 def held_out_batches(cfg, data, split, tokens):
-    """Held-out activations, 64 windows at a time: an iterator of (x, documents' numbers from 0, both by
-    token)."""
+    """Held-out activations, 64 windows at a time: an iterator of (x (B, D), documents' numbers (B,))."""
     _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
     numbers = numbers.unique(return_inverse=True)[1].repeat_interleave(data.rows).to(cfg.device)
     for at in range(0, len(ids), 64):
         x = data.standardiser.encode(extract(data.lm, cfg.layer, ids[at:at + 64], skip=data.skip))
         yield x, numbers[at * data.rows:(at + 64) * data.rows]
-
 
 @torch.no_grad()
 def evaluate(models, batches, *, std):
@@ -914,7 +864,6 @@ def evaluate(models, batches, *, std):
         results[name]["magnitude"][part] = value / scale["mse"]
     return results
 
-
 def gain(sse, sse_base, *, resamples=2000, seed=0):
     """Share of the base's error that is gone, 1 - Σ sse / Σ sse_base: [gain, low, high].
     sse, sse_base (documents,): low and high bound 95 % by a percentile bootstrap over documents."""
@@ -935,9 +884,8 @@ def gain(sse, sse_base, *, resamples=2000, seed=0):
 
 @dataclasses.dataclass
 class Candidate:
-    """An arm at one learning rate, `step` steps old.
-    counts (F,): how many of the last `counted` tokens of training kept each feature; losses: since the last
-    log."""
+    """An arm at one learning rate, `step` steps old; losses since the last log.
+    counts (F,): how many of the last `counted` tokens of training kept each feature."""
 
     arm: str
     lr: float
@@ -948,17 +896,13 @@ class Candidate:
     step: int = 0
     losses: list = dataclasses.field(default_factory=list)
 
-
 def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
     return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr, eps=eps, fused=True)
 
-
 def learning_rate(lr, step, steps, decay=0.8):
-    """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: over that many
-    steps)."""
+    """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: that many steps)."""
     return lr * (1 - 0.9 * min(1.0, step / (decay * steps if decay <= 1 else decay)))
-
 
 def training_step(model, optimizer, x, *, generator=None, counts=None):
     """One step on x (B, D): loss = mean((x_hat - x)²), gradient norm clipped at 1, Adam. Returns the loss.
@@ -969,7 +913,6 @@ def training_step(model, optimizer, x, *, generator=None, counts=None):
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     return loss.detach()
-
 
 def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout, on_log):
     """The loop: every candidate takes every batch (step, epoch, x) that it has not had yet.
@@ -1003,10 +946,8 @@ def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout,
             for c in candidates:
                 c.losses.clear()
 
-
 def save_checkpoint(path, candidates, config):
-    """Write all that the training of an arm's candidates resumes from. UserError if their weights are not
-    finite."""
+    """Write all that an arm's training resumes from. UserError if its weights are not finite."""
     for c in candidates:
         if not all(p.isfinite().all() for p in c.model.parameters()):
             raise UserError(f"arm {c.arm} at lr {c.lr:g}: weights are not finite at step {c.step}; "
@@ -1017,10 +958,8 @@ def save_checkpoint(path, candidates, config):
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
-
 def load_checkpoint(path, candidates, config):
-    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged or foreign
-    file."""
+    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged file."""
     with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
         state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
         if state["arm"] != candidates[0].arm or json.loads(state["config"]) != config:
@@ -1031,13 +970,10 @@ def load_checkpoint(path, candidates, config):
             c.counts.copy_(stored["counts"])
             c.counted, c.step = stored["counted"], stored["step"]
 
-
 def arm_bytes(model, *, rates, batch):
-    """Bytes that training an arm at `rates` learning rates holds throughout, and needs on top during a
-    step."""
+    """Bytes that training an arm at `rates` learning rates holds, and those that a step needs on top."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return rates * (4 * count_parameters(model) + 8 * trained), 4 * trained + 2 * 4 * batch * model.learner.F
-
 
 def memory_budget(device):
     """Bytes to plan with: nine tenths of what is free on a GPU, half of this machine's memory for a CPU."""
@@ -1045,10 +981,8 @@ def memory_budget(device):
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
 def group_passes(costs, budget):
-    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> list of lists of
-    arms."""
+    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> lists of arms."""
     groups = [[]]
     for name in costs:
         held, extra = zip(*(costs[other] for other in (*groups[-1], name)), strict=True)
@@ -1056,7 +990,6 @@ def group_passes(costs, budget):
             groups.append([])
         groups[-1].append(name)
     return groups
-
 
 def train_pass(cfg, data, arms):
     """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
@@ -1071,19 +1004,17 @@ def train_pass(cfg, data, arms):
             load_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
     start, saved = min(c.step for c in everyone), time.monotonic()
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     ages = {c.arm: c.step for c in everyone}
-    with replacing(log) as temporary:                     # drop what will be logged again
-        temporary.write_text("".join(line for line in lines if (entry := json.loads(line))["step"]
-                                     <= ages.get(entry["arm"], math.inf)))
+    old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
+    with replacing(log) as temporary:                     # what came after a checkpoint is logged again
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
 
     def on_log(epoch):
         nonlocal saved
-        with open(log, "a") as file:
-            for c in everyone:
-                if c.losses:
-                    file.write(json.dumps(dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1,
-                                               mse=torch.stack(c.losses).mean().item())) + "\n")
+        new = [dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1,
+                    mse=torch.stack(c.losses).mean().item()) for c in everyone if c.losses]
+        with blame(f"cannot write {log}"), open(log, "a") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in new))
         if time.monotonic() - saved >= 60 * cfg.save_minutes:
             for name, candidates in arms.items():
                 save_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
@@ -1108,7 +1039,6 @@ def train_pass(cfg, data, arms):
             dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted, run=cfg.fields))
         (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
         print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
-
 
 def run_train(cfg):
     """Stage `train`: train the arms named that are not there yet, in as few passes as memory allows."""
@@ -1174,13 +1104,11 @@ RECON_CLAIMS = (
         ("", "sae: 1 - fvu in raw space", "sae/explained/raw"),
         ("", "sae: dead features", "sae/dead"))))
 
-
 def percent(value):
     """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
     if isinstance(value, list):
         return f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
     return "-" if value is None else f"{100 * value:.1f} %"
-
 
 def arm_results(name, measured, model):
     """An arm's entry in recon.json, from what evaluate measured of all arms."""
@@ -1206,10 +1134,8 @@ def arm_results(name, measured, model):
             sum_less_both=cut["sae+linear"] + cut["sae+interaction"] - cut["full"]))
     return entry | dict(improvement={key: value[0] for key, value in intervals.items()}, interval=intervals)
 
-
 def load_arms(cfg, D):
-    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit the
-    run."""
+    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit."""
     order = list(ARMS)
     names = sorted((path.stem for path in cfg.run.glob("*.safetensors") if path.stem != "standardiser"),
                    key=lambda name: (order.index(name.partition("@")[0]), name))
@@ -1222,7 +1148,6 @@ def load_arms(cfg, D):
     if "sae" not in models:
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
     return models
-
 
 def run_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
@@ -1240,7 +1165,6 @@ def run_recon(cfg):
             inputs=inputs, tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
             arms={name: arm_results(name, measured, model) for name, model in models.items()}))
     print_recon(cfg, read_json(path))
-
 
 def print_recon(cfg, results):
     """Print the tables of stage `recon` from its results file and the training log."""
@@ -1264,7 +1188,7 @@ def print_recon(cfg, results):
                 value = value.get(key) if value else None
             print(f"  {kind:16}{label:54}{percent(value):>24}")
     print("\nConvergence: validation mse at each learning rate; training mse at the best, along the steps")
-    log, rows = [json.loads(line) for line in (cfg.run / "train.jsonl").read_text().splitlines()], []
+    log, rows = read_log(cfg.run / "train.jsonl"), []
     for name, a in arms.items():
         curve = [e["mse"] for e in log if (e["arm"], e["lr"]) == (name, a["lr"])] or [math.nan]
         along = [curve[math.ceil(share * len(curve)) - 1] for share in (0.25, 0.5, 0.75, 1)]
@@ -1293,10 +1217,8 @@ def lm_shape(cfg):
     run = sum(map(count_parameters, blocks[:cfg.layer]))
     return count_parameters(lm), used, run, lm.config.get_text_config().hidden_size
 
-
 def step_flops(model, D):
-    """Floating-point operations of one training step, a token: the encoder's product, and thrice the sparse
-    rest."""
+    """Operations of one training step, a token: the encoder's product, and thrice the sparse rest."""
     sae, nfm = model.learner, model.nfm
     sparse = sae.k * D
     if nfm:
@@ -1305,10 +1227,8 @@ def step_flops(model, D):
     frozen = D * model.sae.F + model.sae.k * D if model.second else 0
     return 2 * (D * sae.F + 3 * sparse + frozen)
 
-
 def run_plan(cfg):
-    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits; loads no
-    weights."""
+    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits."""
     lm_parameters, lm_used, lm_run, D = lm_shape(cfg)
     sizes = dict(D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top)
     with torch.device("meta"):
@@ -1346,7 +1266,6 @@ STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, "recon": run_recon
 DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction", "joint-mlp", "sae@matched",
                 "sequential", "residual-sae"]
 
-
 def parser():
     """The command line: one subparser a stage, each with the flags that it reads."""
     top = argparse.ArgumentParser(prog="dualenc.py", description=__doc__.split("\n\n")[0])
@@ -1373,10 +1292,8 @@ def parser():
         each.error = lambda message, each=each: each.exit(2, f"dualenc: {message} (see {each.prog} --help)\n")
     return top
 
-
 def main(argv=None):
-    """Run a stage. Returns the exit status: 0; 2 after one line on stderr for a mistake of the user's; 130 if
-    stopped."""
+    """Run a stage. Returns the exit status: 0; 2 after one line about the user's mistake; 130 if stopped."""
     args = parser().parse_args(argv)
     try:
         STAGES[args.stage](resolve(args))

@@ -569,7 +569,7 @@ def test_a_truncated_model_gives_the_same_activations(model):
 
 
 def open_stream(model, text, seed=0, skip=1, tokens=2000, chunk=500, epochs=1, start=0, batch=64):
-    """Batches of layer-0 activations, which are the tokens' embeddings, with the plan and the windows they came from."""
+    """Batches of layer-0 activations, tokens' embeddings, with the plan and the windows they came from."""
     lm, tokenizer = d.load_lm(model)
     plan = d.chunk_plan(tokens=tokens, chunk=chunk, batch=batch, rows=9 - skip)
 
@@ -1060,7 +1060,7 @@ def test_help_is_quick_and_names_the_papers_values(stage_name):
     )
     assert "--preset" in out.stdout and "transformers" not in sys.modules or time.monotonic() - start < 60
     code = (
-        f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path.insert(0, {str(SOURCE.parent)!r})\n"
+        f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path[:0] = [{str(SOURCE.parent)!r}]\n"
         "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n"
         "assert not {'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
