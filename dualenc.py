@@ -112,7 +112,7 @@ class _TopKEncode(torch.autograd.Function):
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
     Values descend; a row with fewer than k positive pre-activations is padded with features of value 0.
-    Differentiable (once) in x, W_enc, b_enc, through kept features (Gao et al., 2024). May raise ValueError."""
+    Differentiable (once) in x, W_enc, b_enc, at the kept features (Gao et al., 2024). ValueError for a bad k."""
     if not 1 <= k <= len(W_enc):
         raise ValueError(f"k must lie between 1 and F={len(W_enc)}, not {k}")
     return _TopKEncode.apply(x, W_enc, b_enc, k)
@@ -263,7 +263,7 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     """Build the arm called `name`, its weights drawn from torch's global generator: a DualEncoder.
     A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as
     make its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied,
-    frozen, cut to its `top` largest features (default n). Raises UserError for a bad name, a missing parent."""
+    frozen, cut to its `top` largest features (default n). UserError for a bad name or a missing parent."""
     base, _, size = name.partition("@")
     if base not in ARMS or (size and base in CHILDREN):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two "
