@@ -112,7 +112,7 @@ class _TopKEncode(torch.autograd.Function):
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
     Values descend; a row with fewer than k positive pre-activations is padded with features of value 0.
-    Differentiable (once) in x, W_enc, b_enc, at the kept features (Gao et al., 2024). ValueError for a bad k."""
+    Differentiable (once) in x, W_enc, b_enc, at kept features (Gao et al., 2024). ValueError for a bad k."""
     if not 1 <= k <= len(W_enc):
         raise ValueError(f"k must lie between 1 and F={len(W_enc)}, not {k}")
     return _TopKEncode.apply(x, W_enc, b_enc, k)
@@ -398,8 +398,8 @@ def load_arm(path):
 
 
 # ------------------------------------------------------------------------------------------ presets and runs
-# A run is a directory. Its config.json holds every field below, written by the first stage that makes
-# something; later stages read it, so that a flag is given once, and refuse a flag that contradicts it.
+# A run is a directory. Its config.json holds every field that some stage of it has read; later stages take
+# those from there, so that a flag is given once, and refuse a flag that contradicts it.
 
 PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
@@ -467,22 +467,31 @@ def resolve(args):
     for name in {"model", "text"} & set(given):           # a path must mean the same in any stage
         if given[name] not in ("tiny", "docstrings") and pathlib.Path(given[name]).exists():
             given[name] = str(pathlib.Path(given[name]).resolve())
-    fields = {"preset": "tiny", "seed": 0} | PRESETS[args.preset or "tiny"] | given
-    if (run / "config.json").exists():
-        stored = read_json(run / "config.json")
-        if missing := set(fields) ^ set(stored):
-            raise UserError(f"{run}/config.json is of another version: {', '.join(sorted(missing))}")
-        for name, value in given.items():
-            if value != stored[name]:
-                raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag "
-                                f"or choose another --run")
-        fields = stored
+    stored = read_json(run / "config.json") if (run / "config.json").exists() else {}
+    for name, value in given.items():
+        if stored.get(name, value) != value:
+            raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag or "
+                            f"choose another --run")
+    preset = stored.get("preset", args.preset or "tiny")
+    fields = {"preset": preset, "seed": 0} | PRESETS.get(preset, {}) | stored | given
+    if odd := set(fields) ^ {"preset", "seed", *FLAGS}:
+        raise UserError(f"{run}/config.json is of another version: {', '.join(sorted(odd))}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"cannot use the device {device!r}"):
         torch.empty(0, device=device)
     cfg = types.SimpleNamespace(**vars(args) | fields | dict(fields=fields, run=run, device=device))
     validate(cfg)
     return cfg
+
+def fields_of(cfg, stage):
+    """The fields of a configuration that a stage reads."""
+    return {name: cfg.fields[name] for name in ("preset", "seed", *FLAGS)
+            if name not in FLAGS or stage in FLAGS[name][1].split()}
+
+def claim_run(cfg):
+    """Add the fields that this stage reads to the run's config.json."""
+    path = cfg.run / "config.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | fields_of(cfg, cfg.stage))
 
 def write_results(cfg, stage, results):
     """Write results/STAGE.json and what it takes to trace it: configuration, versions, source hash."""
@@ -723,6 +732,7 @@ def run_lm(cfg):
     stream = window_stream(source, tokenizer, T=127, split="validation", seed=cfg.seed)
     with torch.no_grad():
         loss = float(np.mean([nats(tokens).item() for tokens in take_windows(stream, 256)[2].split(32)]))
+    claim_run(cfg)
     with replacing(cfg.run / "lm") as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -800,11 +810,11 @@ def open_data(cfg, *, whole=False):
     path = cfg.run / "standardiser.safetensors"
     if not path.exists():
         standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
-        write_json(cfg.run / "config.json", cfg.fields)
         with replacing(path) as temporary:
             save_file(standardiser.state_dict(), temporary)
         print("standardiser: {tokens:,} tokens; the largest norm is {largest_norm_over_median:.1f} times the "
               "median; {constant_dimensions} constant dimensions".format(**facts))
+    claim_run(cfg)
     with blame(f"{path} is damaged"):
         standardiser = Standardiser(**load_file(path, device=cfg.device))
     return types.SimpleNamespace(lm=lm, D=lm.config.get_text_config().hidden_size, stream=stream, skip=skip,
@@ -1001,7 +1011,7 @@ def train_pass(cfg, data, arms):
     log = cfg.run / "train.jsonl"
     for name, candidates in arms.items():
         if (cfg.run / f"{name}.ckpt").exists():
-            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
+            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields_of(cfg, "train"))
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
     start, saved = min(c.step for c in everyone), time.monotonic()
     ages = {c.arm: c.step for c in everyone}
@@ -1017,7 +1027,7 @@ def train_pass(cfg, data, arms):
             file.write("".join(json.dumps(entry) + "\n" for entry in new))
         if time.monotonic() - saved >= 60 * cfg.save_minutes:
             for name, candidates in arms.items():
-                save_checkpoint(cfg.run / f"{name}.ckpt", candidates, cfg.fields)
+                save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields_of(cfg, "train"))
             saved = time.monotonic()
 
     batches = activation_batches(
@@ -1036,7 +1046,8 @@ def train_pass(cfg, data, arms):
             arm=name, D=data.D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top,
             dropout=cfg.dropout, steps=steps, lr=best.lr,
             validation_mse={f"{lr:g}": mse for lr, mse in errors.items()},
-            dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted, run=cfg.fields))
+            dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted,
+            run=fields_of(cfg, "train")))
         (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
         print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
 
@@ -1143,7 +1154,7 @@ def load_arms(cfg, D):
     for name, model in models.items():
         if model.config["D"] != D:
             raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the model has D={D}")
-        if model.config["run"] != cfg.fields:
+        if model.config["run"] != fields_of(cfg, "train"):
             raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration")
     if "sae" not in models:
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")

@@ -978,8 +978,18 @@ def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, text, capsys):
     )
     assert tokenizer.decode(tokenizer("some words").input_ids) == "some words" and tokenizer.bos_token_id == 0
     assert lm.config.num_hidden_layers == 4 and lm.config.vocab_size == len(tokenizer)
+    assert set(json.loads((tmp_path / "run" / "config.json").read_text())) == {
+        "preset",
+        "seed",
+        "model",
+        "text",
+        "lm_steps",
+    }
     assert stage("lm", tmp_path / "run") == 0
     assert "nothing to train" in capsys.readouterr().out
+    assert stage("train", tmp_path / "run", "sae", *SMALL) == 0  # other fields are still free
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lm_steps"] == 3
+    assert stage("recon", tmp_path / "run") == 0
 
 
 def test_first_position_can_be_kept(trained, model, text, tmp_path):
