@@ -412,8 +412,8 @@ PRESETS["small"] = PRESETS["paper"] | dict(
     model="EleutherAI/pythia-70m", layer=3, features=8192, k=164, n=82, embedding=48, top=40, dropout=0.0,
     lr=[1e-3, 2e-3], chunk=100_000)
 PRESETS["tiny"] = PRESETS["small"] | dict(
-    model="tiny", text="docstrings", layer=2, features=2048, k=41, n=20, embedding=32, top=10, batch=1024,
-    lr=[4e-3, 8e-3], tokens=1_000_000, eval_tokens=100_000, lm_steps=840)
+    model="tiny", text="docstrings", layer=2, features=1024, k=20, n=10, embedding=32, top=5, batch=512,
+    lr=[8e-3, 1.6e-2, 3.2e-2], tokens=1_000_000, eval_tokens=100_000, lm_steps=840)
 
 FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "model": (str, "plan lm train recon", "causal LM, on the hub or a directory; 'tiny' trains one"),

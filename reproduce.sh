@@ -19,5 +19,5 @@ stage() { .venv/bin/python dualenc.py "$1" --preset "$preset" "${@:2}"; }
 
 stage plan       # seconds   what the run will cost, and whether it fits
 stage lm         # tiny: 3 minutes on two cores; the other presets bring their language model along
-stage train      # tiny: 5 minutes on two cores   every arm, one stream of activations
+stage train      # tiny: 6 minutes on two cores   every arm, one stream of activations
 stage recon      # tiny: half a minute            claims 1 to 4 beside their controls
