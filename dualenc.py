@@ -493,11 +493,16 @@ def claim_run(cfg):
     path = cfg.run / "config.json"
     write_json(path, (read_json(path) if path.exists() else {}) | fields_of(cfg, cfg.stage))
 
-def write_results(cfg, stage, results):
-    """Write results/STAGE.json and what it takes to trace it: configuration, versions, source hash."""
-    origin = dict(config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
-                  sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest())
-    write_json(cfg.run / "results" / f"{stage}.json", results | origin)
+def stage_results(cfg, compute):
+    """The contents of results/STAGE.json; compute() makes them first, unless the file was made from the arms
+    that the run holds now. Beside them stands what traces them: configuration, versions, source hash."""
+    path = cfg.run / "results" / f"{cfg.stage}.json"
+    arms = {file.name: file.stat().st_mtime_ns for file in sorted(cfg.run.glob("*.safetensors"))}
+    if not path.exists() or read_json(path).get("made_from") != arms:
+        write_json(path, compute() | dict(
+            made_from=arms, config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
+            sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()))
+    return read_json(path)
 
 def table(*rows):
     """Print rows of strings as aligned columns, the first to the left, the others to the right."""
@@ -533,20 +538,31 @@ def find_blocks(lm, layer=0):
         raise UserError(f"layer {layer} is out of range: {type(lm).__name__} has blocks 0 to {depth - 1}")
     return found[0]
 
-def capture(lm, layer, tokens):
-    """Residual stream that enters block `layer`: tokens (B, T) -> (B, T, D), equal to hidden_states[layer].
-    The forward stops there. Raises UserError for a layer that the model does not have."""
+def splice(lm, layer, tokens, replace):
+    """Logits with the residual stream entering block `layer` replaced: tokens (B, T) -> (B, T, vocabulary).
+    replace maps the captured (B, T, D) to another of its kind. Raises UserError for a layer out of range."""
     def hook(module, args, kwargs):
-        raise _Captured(args[0] if args else kwargs["hidden_states"])
+        if args:
+            return (replace(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
 
     handle = find_blocks(lm, layer)[layer].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
-            lm(input_ids=tokens, use_cache=False)
-    except _Captured as stop:
-        return stop.args[0]
+            return lm(input_ids=tokens, use_cache=False).logits
     finally:
         handle.remove()
+
+def capture(lm, layer, tokens):
+    """Residual stream that enters block `layer`: tokens (B, T) -> (B, T, D), equal to hidden_states[layer].
+    The forward stops there. Raises UserError for a layer that the model does not have."""
+    def stop(hidden):
+        raise _Captured(hidden)
+
+    try:
+        splice(lm, layer, tokens, stop)
+    except _Captured as stopped:
+        return stopped.args[0]
 
 def load_lm(path, *, device="cpu", layer=None):
     """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a
@@ -563,14 +579,6 @@ def load_lm(path, *, device="cpu", layer=None):
         del find_blocks(lm, layer)[layer + 1:]
         lm.config.get_text_config().num_hidden_layers = layer + 1
     return lm.to(device).eval().requires_grad_(False), tokenizer
-
-def open_lm(cfg, layer=None):
-    """The run's language model and tokenizer, on its device; layer as in load_lm."""
-    if cfg.model != "tiny":
-        return load_lm(cfg.model, device=cfg.device, layer=layer)
-    if not (cfg.run / "lm").exists():
-        raise UserError(f"there is no {cfg.run}/lm: run the stage `lm` first")
-    return load_lm(cfg.run / "lm", device=cfg.device, layer=layer)
 
 
 # ------------------------------------------------------------------------------------------ text
@@ -736,7 +744,7 @@ def run_lm(cfg):
     with replacing(cfg.run / "lm") as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    write_results(cfg, "lm", dict(nats_per_token=loss, perplexity=math.exp(loss)))
+    stage_results(cfg, lambda: dict(nats_per_token=loss, perplexity=math.exp(loss)))
     print(f"lm: held-out {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
 
 
@@ -803,7 +811,10 @@ def open_data(cfg, *, whole=False):
     """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
     standardiser. A run's first call writes its config.json and its standardiser."""
     from safetensors.torch import load_file, save_file
-    lm, tokenizer = open_lm(cfg, None if whole else cfg.layer)
+    path = cfg.run / "lm" if cfg.model == "tiny" else cfg.model
+    if cfg.model == "tiny" and not path.exists():
+        raise UserError(f"there is no {path}: run the stage `lm` first")
+    lm, tokenizer = load_lm(path, device=cfg.device, layer=None if whole else cfg.layer)
     source, skip = text_source(cfg), 0 if cfg.keep_first else 1
     def stream(split):
         return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed)
@@ -1160,25 +1171,19 @@ def load_arms(cfg, D):
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
     return models
 
+def measure_recon(cfg):
+    """Errors of every arm on test documents: the contents of results/recon.json."""
+    from tqdm import tqdm
+    data = open_data(cfg)
+    models = load_arms(cfg, data.D)
+    batches = tqdm(held_out_batches(cfg, data, "test", cfg.eval_tokens), desc="recon", unit="batch", disable=None)
+    measured = evaluate(models, batches, std=data.standardiser.std)
+    return dict(tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
+                arms={name: arm_results(name, measured, model) for name, model in models.items()})
+
 def run_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
-    from tqdm import tqdm
-    path = cfg.run / "results" / "recon.json"
-    inputs = {file.name: file.stat().st_mtime_ns for file in sorted(cfg.run.glob("*.safetensors"))}
-    if not path.exists() or read_json(path).get("inputs") != inputs:
-        data = open_data(cfg)
-        models = load_arms(cfg, data.D)
-        batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
-        batches = tqdm(batches, desc="recon", unit="batch", disable=None,
-                       total=math.ceil(cfg.eval_tokens / data.rows / 64))
-        measured = evaluate(models, batches, std=data.standardiser.std)
-        write_results(cfg, "recon", dict(
-            inputs=inputs, tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
-            arms={name: arm_results(name, measured, model) for name, model in models.items()}))
-    print_recon(cfg, read_json(path))
-
-def print_recon(cfg, results):
-    """Print the tables of stage `recon` from its results file and the training log."""
+    results = stage_results(cfg, lambda: measure_recon(cfg))
     arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
     print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents, "
           f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
