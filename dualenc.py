@@ -1091,46 +1091,58 @@ def run_train(cfg):
 
 
 # ------------------------------------------------------------------------------------------ reconstruction
-# Claims 1 to 4 of the paper, each under the paper's own metric and under the controls that could refute it. A
-# claim is data: what it says, the paper's value, and where in results/recon.json its figures stand.
+# A claim of the paper stands under the paper's own metric and under the controls that could refute it. It is
+# data: what it says, the paper's value, and where its figures are, as STAGE/ARM/… for results/STAGE.json.
 
-RECON_CLAIMS = (
+CLAIMS = (
     ("claim 1: joint training cuts the reconstruction error (paper: 41.3 %, mse 0.275 to 0.162)", (
-        ("paper's metric", "joint against its own SAE path", "joint/improvement/published"),
-        ("control", "joint against sae", "joint/improvement/matched"),
-        ("", "sae-2dec, exactly an SAE, against its own SAE path", "sae-2dec/improvement/published"),
-        ("", "sae-2dec against sae", "sae-2dec/improvement/matched"),
-        ("", "joint against sae-2dec", "joint/improvement/vs_sae-2dec"),
-        ("", "joint against sae@matched, as many parameters", "joint/improvement/parameter_matched"))),
+        ("paper's metric", "joint against its own SAE path", "recon/joint/gain/published"),
+        ("control", "joint against sae", "recon/joint/gain/matched"),
+        ("", "sae-2dec, exactly an SAE, against its own SAE path", "recon/sae-2dec/gain/published"),
+        ("", "sae-2dec against sae", "recon/sae-2dec/gain/matched"),
+        ("", "joint against sae-2dec", "recon/joint/gain/vs_sae-2dec"),
+        ("", "joint against sae@matched, as many parameters", "recon/joint/gain/parameter_matched"))),
     ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
-        ("paper's metric", "sequential against the SAE cut to its top", "sequential/improvement/published"),
-        ("control", "residual-sae against the same", "residual-sae/improvement/published"),
-        ("", "sequential against the uncut sae", "sequential/improvement/matched"),
-        ("", "residual-sae against the uncut sae", "residual-sae/improvement/matched"))),
+        ("paper's metric", "sequential against the SAE cut to its top", "recon/sequential/gain/published"),
+        ("control", "residual-sae against the same", "recon/residual-sae/gain/published"),
+        ("", "sequential against the uncut sae", "recon/sequential/gain/matched"),
+        ("", "residual-sae against the uncut sae", "recon/residual-sae/gain/matched"))),
     ("claim 3: the interaction is a small share of the NFM; paths sub-additive (paper: 6 %, 4.5 %)", (
-        ("paper's metric", "joint: interaction's share of mean |output|", "joint/interaction_share"),
-        ("", "sequential: interaction's share of mean |output|", "sequential/interaction_share"),
-        ("control", "joint: error cut by adding the linear path alone", "joint/cut/add_linear"),
-        ("", "joint: error cut by adding the interaction alone", "joint/cut/add_interaction"),
-        ("", "joint: these two cuts less the cut by both", "joint/cut/sum_less_both"),
-        ("", "joint: error added by leaving out the linear path", "joint/cut/leave_out_linear"),
-        ("", "joint: error added by leaving out the interaction", "joint/cut/leave_out_interaction"),
-        ("", "joint against joint-linear, without interaction", "joint/improvement/vs_joint-linear"),
-        ("", "joint against joint-interaction, without linear", "joint/improvement/vs_joint-interaction"),
-        ("", "joint-linear against sae", "joint-linear/improvement/matched"),
-        ("", "joint-interaction against sae", "joint-interaction/improvement/matched"),
-        ("", "joint-mlp, without a product, against sae", "joint-mlp/improvement/matched"))),
+        ("paper's metric", "joint: interaction's share of mean |output|", "recon/joint/interaction_share"),
+        ("", "sequential: interaction's share of mean |output|", "recon/sequential/interaction_share"),
+        ("control", "joint: error cut by adding the linear path alone", "recon/joint/cut/add_linear"),
+        ("", "joint: error cut by adding the interaction alone", "recon/joint/cut/add_interaction"),
+        ("", "joint: these two cuts less the cut by both", "recon/joint/cut/sum_less_both"),
+        ("", "joint: error added by leaving out the linear path", "recon/joint/cut/leave_out_linear"),
+        ("", "joint: error added by leaving out the interaction", "recon/joint/cut/leave_out_interaction"),
+        ("", "joint against joint-linear, without interaction", "recon/joint/gain/vs_joint-linear"),
+        ("", "joint against joint-interaction, without linear", "recon/joint/gain/vs_joint-interaction"),
+        ("", "joint-linear against sae", "recon/joint-linear/gain/matched"),
+        ("", "joint-interaction against sae", "recon/joint-interaction/gain/matched"),
+        ("", "joint-mlp, without a product, against sae", "recon/joint-mlp/gain/matched"))),
     ("claim 4: the SAE alone explains most of the variance (paper: 86.4 %, mse 0.136)", (
-        ("paper's metric", "sae: 1 - mse, yet on documents held out", "sae/explained/standardised"),
-        ("control", "sae: 1 - fvu", "sae/explained/held_out_variance"),
-        ("", "sae: 1 - fvu in raw space", "sae/explained/raw"),
-        ("", "sae: dead features", "sae/dead"))))
+        ("paper's metric", "sae: 1 - mse, yet on documents held out", "recon/sae/explained/standardised"),
+        ("control", "sae: 1 - fvu", "recon/sae/explained/held_out_variance"),
+        ("", "sae: 1 - fvu in raw space", "recon/sae/explained/raw"),
+        ("", "sae: dead features", "recon/sae/dead"))))
 
 def percent(value):
     """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
     if isinstance(value, list):
         return f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
     return "-" if value is None else f"{100 * value:.1f} %"
+
+def print_claims(stage, arms):
+    """Print the claims that a stage measures, from the arms' entries of its results."""
+    for claim, rows in CLAIMS:
+        if not rows[0][2].startswith(f"{stage}/"):
+            continue
+        print(f"\n{claim}")
+        for kind, label, where in rows:
+            value = arms
+            for key in where.split("/")[1:]:
+                value = value.get(key) if value else None
+            print(f"  {kind:16}{label:54}{percent(value):>24}")
 
 def arm_results(name, measured, model):
     """An arm's entry in recon.json, from what evaluate measured of all arms."""
@@ -1154,7 +1166,7 @@ def arm_results(name, measured, model):
             leave_out_linear=cut["full"] - cut["sae+interaction"],
             leave_out_interaction=cut["full"] - cut["sae+linear"],
             sum_less_both=cut["sae+linear"] + cut["sae+interaction"] - cut["full"]))
-    return entry | dict(improvement={key: value[0] for key, value in intervals.items()}, interval=intervals)
+    return entry | dict(improvement={key: value[0] for key, value in intervals.items()}, gain=intervals)
 
 def load_arms(cfg, D):
     """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit."""
@@ -1176,8 +1188,9 @@ def measure_recon(cfg):
     from tqdm import tqdm
     data = open_data(cfg)
     models = load_arms(cfg, data.D)
-    batches = tqdm(held_out_batches(cfg, data, "test", cfg.eval_tokens), desc="recon", unit="batch", disable=None)
-    measured = evaluate(models, batches, std=data.standardiser.std)
+    batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
+    bar = tqdm(batches, desc="recon", unit="batch", disable=None)
+    measured = evaluate(models, bar, std=data.standardiser.std)
     return dict(tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
                 arms={name: arm_results(name, measured, model) for name, model in models.items()})
 
@@ -1189,20 +1202,14 @@ def run_recon(cfg):
           f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
     table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
         (name, f"{a['params']:,}", f"{a['lr']:g}", *(f"{a[key]:.4f}" for key in ("mse", "fvu", "fvu_raw")),
-         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["interval"].get("matched")))
+         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["gain"].get("matched")))
         for name, a in arms.items()))
     print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: "
           f"bootstrap over documents, one training seed\n\nfvu by path")
     by_path = {name: a["fvu_by_path"] for name, a in arms.items() if "fvu_by_path" in a}
     table(("arm", *paths), *((name, *(f"{fvu[path]:.4f}" if path in fvu else "-" for path in paths))
                              for name, fvu in by_path.items()))
-    for claim, rows in RECON_CLAIMS:
-        print(f"\n{claim}")
-        for kind, label, where in rows:
-            value = arms
-            for key in where.replace("improvement", "interval").split("/"):
-                value = value.get(key) if value else None
-            print(f"  {kind:16}{label:54}{percent(value):>24}")
+    print_claims("recon", arms)
     print("\nConvergence: validation mse at each learning rate; training mse at the best, along the steps")
     log, rows = read_log(cfg.run / "train.jsonl"), []
     for name, a in arms.items():
