@@ -21,6 +21,7 @@ Sections, in dependency order; nothing needs a name that stands below it:
     evaluation              errors by path, gains with their intervals
     training                one loop for all arms and learning rates, resumable
     reconstruction          claims 1 to 4 beside their controls
+    kl                      splicing, claims 5 to 7 beside their controls
     plan                    what a run costs, before it is started
     command line            one subcommand a stage
 
@@ -405,7 +406,7 @@ PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
     features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200,
     lr=[1e-4, 4e-4], decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
-    param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=0)}
+    kl_tokens=20_000, param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=0)}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
@@ -413,19 +414,19 @@ PRESETS["small"] = PRESETS["paper"] | dict(
     lr=[1e-3, 2e-3], chunk=100_000)
 PRESETS["tiny"] = PRESETS["small"] | dict(
     model="tiny", text="docstrings", layer=2, features=1024, k=20, n=10, embedding=32, top=5, batch=512,
-    lr=[8e-3, 1.6e-2, 3.2e-2], tokens=1_000_000, eval_tokens=100_000, lm_steps=840)
+    lr=[4e-3, 8e-3, 1.6e-2, 3.2e-2], tokens=800_000, eval_tokens=100_000, lm_steps=840)
 
 FLAGS = {   # field: (type, stages that read it, help); the flag is --field
-    "model": (str, "plan lm train recon", "causal LM, on the hub or a directory; 'tiny' trains one"),
-    "text": (str, "lm train recon", "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIGURATION]"),
-    "layer": (int, "plan train recon", "block whose input is read, from 0 (paper: 16 of 26)"),
+    "model": (str, "plan lm train recon kl", "causal LM, hub name or directory; 'tiny' trains one"),
+    "text": (str, "lm train recon kl", "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIG]"),
+    "layer": (int, "plan train recon kl", "block whose input is read, from 0 (paper: 16 of 26)"),
     "features": (int, "plan train", "F, features of the SAE (paper: 50,000)"),
     "k": (int, "plan train", "features kept per token (paper: 1024)"),
     "n": (int, "plan train", "how many of the k the NFM reads (paper: 512)"),
     "embedding": (int, "plan train", "K, embedding width of the NFM (paper: 300)"),
     "top": (int, "plan train", "features that sequential and residual-sae read (paper: 250)"),
     "dropout": (float, "train", "probability, on z (published code: 0.15)"),
-    "window": (int, "plan train recon", "T, tokens in a window (paper: 50)"),
+    "window": (int, "plan train recon kl", "T, tokens in a window (paper: 50)"),
     "batch": (int, "plan train", "B, tokens in a batch (paper: 3200)"),
     "lr": (float, "plan train", "learning rates; each arm keeps its best on validation (paper: 1e-4)"),
     "decay": (float, "train", "share of the steps (above 1: steps) over which lr falls to a tenth"),
@@ -433,9 +434,10 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
     "eval_tokens": (int, "train recon", "tokens of the test split; a quarter as many choose the rate"),
+    "kl_tokens": (int, "kl", "tokens of the test split to splice"),
     "param_dtype": (str, "train", "of the weights: float32, or float16 as in the published code"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
-    "keep_first": (bool, "train recon", "keep each window's first position, an attention sink, in the data"),
+    "keep_first": (bool, "train recon kl", "keep each window's first position, an attention sink"),
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
 }
 
@@ -838,9 +840,10 @@ def open_data(cfg, *, whole=False):
 # independent, so a gain's interval comes from resampling documents, both arms on the same ones (Efron, 1979).
 
 def path_sums(parts):
-    """x_hat by path, from an arm's parts: the SAE's alone ("sae"), with each other part added, and "full"."""
-    paths = {f"sae+{name}": parts["sae"] + part for name, part in parts.items() if name != "sae"}
-    return {"sae": parts["sae"]} | paths | {"full": sum(parts.values())}
+    """x_hat by path, from an arm's parts: "sae", the SAE alone; with one part added, of several; "full"."""
+    added = {f"sae+{name}": parts["sae"] + part for name, part in parts.items() if name != "sae"}
+    own = {"sae": parts["sae"]} if added else {}
+    return own | (added if len(added) > 1 else {}) | {"full": sum(parts.values())}
 
 def held_out_batches(cfg, data, split, tokens):
     """Held-out activations, 64 windows at a time: an iterator of (x (B, D), documents' numbers (B,))."""
@@ -1124,7 +1127,28 @@ CLAIMS = (
         ("paper's metric", "sae: 1 - mse, yet on documents held out", "recon/sae/explained/standardised"),
         ("control", "sae: 1 - fvu", "recon/sae/explained/held_out_variance"),
         ("", "sae: 1 - fvu in raw space", "recon/sae/explained/raw"),
-        ("", "sae: dead features", "recon/sae/dead"))))
+        ("", "sae: dead features", "recon/sae/dead"))),
+    ("claim 5: joint training cuts KL (paper: 51.9 %, linear 50.9, nonlinear 8.6), CE (26.2 % of all)", (
+        ("paper's metric", "KL, joint against its own SAE path", "kl/joint/full/published/kl_cut"),
+        ("", "its linear path alone", "kl/joint/sae+linear/published/kl_cut"),
+        ("", "its interaction alone", "kl/joint/sae+interaction/published/kl_cut"),
+        ("", "CE, joint against its own SAE path, of all CE", "kl/joint/full/published/ce_cut_of_total"),
+        ("", "KL, sequential against the cut SAE (29.8 %)", "kl/sequential/full/published/kl_cut"),
+        ("control", "KL, joint against sae", "kl/joint/full/matched/kl_cut"),
+        ("", "KL, joint against sae@matched", "kl/joint/full/parameter_matched/kl_cut"),
+        ("", "KL, sae-2dec against its own SAE path", "kl/sae-2dec/full/published/kl_cut"),
+        ("", "CE recovered, sae", "kl/sae/full/ce_recovered"),
+        ("", "CE recovered, joint", "kl/joint/full/ce_recovered"))),
+    ("claim 6: SAE errors cost more than random ones of their size (paper: 299 % of the KL; 210 %)", (
+        ("paper's metric", "joint's own SAE path, KL over random error's", "kl/joint/sae/kl_over_random"),
+        ("", "sequential's cut SAE, KL over random error's", "kl/sequential/sae/kl_over_random"),
+        ("control", "sae, KL over random error's", "kl/sae/full/kl_over_random"),
+        ("", "joint in full, KL over random error's", "kl/joint/full/kl_over_random"))),
+    ("claim 7: the nonlinear path's 3 % of parameters give a sixth of the gain (paper: 8.6 of 51.9)", (
+        ("paper's metric", "KL, interaction added to the own SAE path",
+         "kl/joint/sae+interaction/published/kl_cut"),
+        ("control", "KL, joint against joint-linear", "kl/joint/full/vs_joint_linear/kl_cut"),
+        ("", "KL, joint-mlp, without a product, against it", "kl/joint-mlp/full/vs_joint_linear/kl_cut"))))
 
 def percent(value):
     """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
@@ -1197,7 +1221,7 @@ def measure_recon(cfg):
 def run_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
     results = stage_results(cfg, lambda: measure_recon(cfg))
-    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
+    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "full")
     print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents, "
           f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
     table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
@@ -1220,6 +1244,104 @@ def run_recon(cfg):
     edge = [name for name, a in arms.items() if len(cfg.lr) > 1 and a["lr"] in (min(cfg.lr), max(cfg.lr))]
     print(f"  training read {max((e['text_epoch'] for e in log), default=0)} epoch(s) of the text; best rate "
           f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}")
+
+
+# ------------------------------------------------------------------------------------------ kl
+# Splicing puts x_hat, in raw units, where its activation was read, and lets the forward go on: what does the
+# language model lose? An error's direction matters as well as its size, so each path stands beside an
+# isotropic error of its own size; a cut of KL stands beside `sae` too, not only beside the own SAE path.
+
+def kl_divergence(logits_p, logits_q):
+    """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…).
+    A few rows at a time, so that no third tensor of that size is made."""
+    parts = []
+    for p, q in zip(logits_p.flatten(0, -2).split(256), logits_q.flatten(0, -2).split(256), strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts).view(logits_p.shape[:-1])
+
+def epsilon_random(x, x_hat, generator):
+    """x with an isotropic error as long as x_hat - x, a direction a row: (…, D) -> like x (Gurnee, 2024)."""
+    direction = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+    return x + direction * ((x_hat - x).norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
+
+def measure_kl(cfg):
+    """What each path of each arm costs the language model on test documents: the contents of results/kl.json.
+    Sums by document are (documents, 5): KL, KL², tokens, cross-entropy, tokens that have a next one."""
+    from tqdm import tqdm
+    data = open_data(cfg, whole=True)
+    models, sums = load_arms(cfg, data.D), {}
+    _, numbers, ids = take_windows(data.stream("test"), math.ceil(cfg.kl_tokens / data.rows))
+    numbers = numbers.unique(return_inverse=True)[1]
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    for at in tqdm(range(0, len(ids), 16), desc="kl", unit="batch", disable=None):
+        tokens, owners, read = ids[at:at + 16].to(cfg.device), numbers[at:at + 16], []
+        clean = splice(data.lm, cfg.layer, tokens, lambda hidden, read=read: (read.append(hidden), hidden)[1])
+        raw = read[0][:, data.skip:].float()              # (windows, tokens of each, D)
+
+        def score(key, new, tokens=tokens, owners=owners, clean=clean):
+            logits = splice(data.lm, cfg.layer, tokens, lambda hidden: torch.cat(
+                [hidden[:, :data.skip], new.view(len(tokens), -1, data.D).to(hidden.dtype)], 1))
+            kl = kl_divergence(clean, logits)[:, data.skip:].double()
+            ce = torch.nn.functional.cross_entropy(logits[:, data.skip:-1].transpose(1, 2).float(),
+                                                   tokens[:, data.skip + 1:], reduction="none").double()
+            ones = torch.ones_like(kl)
+            row = torch.stack([part.sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])], 1).cpu()
+            total = sums.setdefault(key, torch.zeros(int(numbers.max()) + 1, 5).double())
+            total.index_add_(0, owners, row)
+        score(("", "clean", "spliced"), raw)
+        score(("", "mean", "spliced"), data.standardiser.mean.expand_as(raw))
+        x = data.standardiser.encode(raw).flatten(0, 1)
+        for name, model in models.items():
+            with torch.no_grad():
+                paths = path_sums(model(x))
+            for path, x_hat in paths.items():
+                new = data.standardiser.decode(x_hat).view_as(raw)
+                score((name, path, "spliced"), new)
+                score((name, path, "random"), epsilon_random(raw, new, generator))
+    return kl_results({key: total.numpy() for key, total in sums.items()})
+
+def kl_results(sums):
+    """The contents of results/kl.json, from measure_kl's sums. CE recovered is 1 for the clean model, 0 for
+    activations replaced by their mean. p_published: the paper's unpaired t-test, over tokens as if they were
+    independent; p_paired: the paired one, over documents."""
+    from scipy.stats import ttest_ind_from_stats, ttest_rel
+    def mean(key, column=0, count=2):
+        return float(sums[key][:, column].sum() / sums[key][:, count].sum())
+
+    def moments(key):
+        return mean(key), max(0.0, mean(key, 1) - mean(key) ** 2) ** 0.5, sums[key][:, 2].sum()
+    clean, lost, arms = ("", "clean", "spliced"), ("", "mean", "spliced"), {}
+    clean_ce, lost_ce = mean(clean, 3, 4), mean(lost, 3, 4)
+    for key in [key for key in sums if key[0] and key[2] == "spliced"]:
+        name, path, _ = key
+        kl, ce = mean(key), mean(key, 3, 4)
+        entry = arms.setdefault(name, {})[path] = dict(
+            kl=kl, ce=ce, kl_over_random=kl / mean((name, path, "random")), excess_ce=ce - clean_ce,
+            ce_recovered=(lost_ce - ce) / (lost_ce - clean_ce))
+        for label, arm, base_path in (("published", name, "sae"), ("matched", "sae", "full"), (
+                "parameter_matched", "sae@matched", "full"), ("vs_joint_linear", "joint-linear", "full")):
+            base = (arm, base_path, "spliced")
+            if base in sums and base != key:
+                own, other = sums[key], sums[base]
+                entry[label] = dict(
+                    kl_cut=gain(own[:, 0], other[:, 0]), ce_cut_of_total=1 - ce / mean(base, 3, 4),
+                    p_published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
+                    p_paired=float(ttest_rel(own[:, 0] / own[:, 2], other[:, 0] / other[:, 2]).pvalue))
+    return dict(arms=arms, clean_ce=clean_ce, mean_ablated=dict(kl=mean(lost), ce=lost_ce),
+                identity_kl=mean(clean), tokens=int(sums[clean][:, 2].sum()), documents=len(sums[clean]))
+
+def run_kl(cfg):
+    """Stage `kl`: KL and cross-entropy with each path spliced in; prints claims 5 to 7 and their controls."""
+    results = stage_results(cfg, lambda: measure_kl(cfg))
+    arms = results["arms"]
+    print(f"\nSplicing on {results['tokens']:,} tokens of {results['documents']} held-out documents; clean "
+          f"CE {results['clean_ce']:.4f}, mean-ablated CE {results['mean_ablated']['ce']:.4f}")
+    table(("arm, path", "KL", "over random's", "excess CE", "CE recovered", "KL cut against sae [95 %]"), *(
+        (f"{name}, {path}", f"{p['kl']:.4f}", f"{p['kl_over_random']:.2f}", f"{p['excess_ce']:.4f}",
+         percent(p["ce_recovered"]), percent(p.get("matched", {}).get("kl_cut")))
+        for name, paths in arms.items() for path, p in paths.items()))
+    print_claims("kl", arms)
 
 
 # ------------------------------------------------------------------------------------------ plan
@@ -1285,7 +1407,7 @@ def run_plan(cfg):
 
 # ------------------------------------------------------------------------------------------ command line
 
-STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, "recon": run_recon}
+STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, "recon": run_recon, "kl": run_kl}
 DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction", "joint-mlp", "sae@matched",
                 "sequential", "residual-sae"]
 

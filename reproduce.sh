@@ -17,7 +17,9 @@ fi
 
 stage() { .venv/bin/python dualenc.py "$1" --preset "$preset" "${@:2}"; }
 
-stage plan       # seconds   what the run will cost, and whether it fits
-stage lm         # tiny: 3 minutes on two cores; the other presets bring their language model along
-stage train      # tiny: 6 minutes on two cores   every arm, one stream of activations
-stage recon      # tiny: half a minute            claims 1 to 4 beside their controls
+# What each stage costs, on two cores without a GPU; `plan` tells more for the other presets.
+stage plan       # seconds           what the run will cost, and whether it fits
+stage lm         # tiny: 3 minutes   the other presets bring their language model along
+stage train      # tiny: 6 minutes   every arm at every learning rate, one stream of activations
+stage recon      # tiny: half a minute   claims 1 to 4 beside their controls
+stage kl         # tiny: half a minute   claims 5 to 7 beside their controls

@@ -688,8 +688,7 @@ def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
         np.testing.assert_allclose(own["sse"][path], [error[numbers == n].sum() for n in range(5)], rtol=1e-5)
     assert own["magnitude"]["linear"] == pytest.approx(np.abs(parts["linear"]).mean(), rel=1e-5)
     assert own["l0"] == pytest.approx((models["joint"].sae.encode(x)[0] > 0).sum().item() / 90)
-    assert set(results["residual-sae"]["mse"]) == {"sae", "sae+residual", "full"}
-    assert results["residual-sae"]["mse"]["sae+residual"] == results["residual-sae"]["mse"]["full"]
+    assert set(results["residual-sae"]["mse"]) == {"sae", "full"} and set(results["sae"]["mse"]) == {"full"}
 
 
 def test_gain_and_its_interval():
@@ -712,6 +711,100 @@ def test_gain_and_its_interval():
     assert math.isnan(d.gain(np.ones(1), np.ones(1))[1])
 
 
+# ---- kl
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
+def test_splice_of_the_same_is_exact_and_of_another_reaches_the_logits(kind):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    tokens = torch.randint(0, 400, (2, 9))
+    clean = lm(input_ids=tokens, use_cache=False).logits
+    for layer in range(3):
+        same = d.splice(lm, layer, tokens, lambda hidden: hidden.clone())
+        assert torch.equal(same, clean) and not d.kl_divergence(clean, same).any()
+        other = d.splice(lm, layer, tokens, lambda hidden: torch.cat([hidden[:, :5], hidden[:, 5:] * 0.5], 1))
+        kl = d.kl_divergence(clean, other)
+        assert not kl[:, :5].any() and (kl[:, 5:] > 0).all()  # attention is causal
+    # splicing in what another text gives there continues that text
+    donor = torch.randint(0, 400, (2, 9))
+    other = d.capture(lm, 1, donor)
+    moved = d.splice(lm, 1, tokens, lambda hidden: other)
+    torch.testing.assert_close(moved, lm(input_ids=donor).logits)
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2), seed=seeds)
+def test_kl_divergence_against_a_loop(shape, seed):
+    p, q = 3 * normal(*shape, 7, seed=seed), 3 * normal(*shape, 7, seed=seed + 1)
+    kl = d.kl_divergence(p, q)
+    assert kl.shape == tuple(shape) and (kl >= 0).all()
+    for at in np.ndindex(*shape):
+        a, b = (np.exp(x[at].numpy()) / np.exp(x[at].numpy()).sum() for x in (p, q))
+        assert kl[at].item() == pytest.approx(
+            sum(x * math.log(x / y) for x, y in zip(a, b, strict=True)), abs=1e-5
+        )
+    rows = normal(700, 5, seed=seed)  # more rows than are taken at once
+    torch.testing.assert_close(
+        d.kl_divergence(rows, -rows)[[3, 650]], d.kl_divergence(rows[[3, 650]], -rows[[3, 650]])
+    )
+
+
+def test_epsilon_random_has_the_errors_length_and_no_direction():
+    x, x_hat = normal(4000, 6), normal(4000, 6, seed=1)
+    error = d.epsilon_random(x, x_hat, torch.Generator().manual_seed(0)) - x
+    torch.testing.assert_close(error.norm(dim=1), (x_hat - x).norm(dim=1))
+    unit = error / error.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(unit.mean(0), torch.zeros(6).double(), atol=0.03, rtol=0)
+    torch.testing.assert_close(unit.T @ unit / 4000, torch.eye(6).double() / 6, atol=0.02, rtol=0)
+
+
+def test_kl_results_against_numpy():
+    rng = np.random.default_rng(0)
+    kl = {
+        name: rng.gamma(2, size=(8, 10)) * scale
+        for name, scale in (("own", 3), ("full", 1), ("sae", 1.2), ("random", 0.4))
+    }
+    ce = {name: 2 + values for name, values in kl.items()}
+    keys = {
+        "own": ("joint", "sae", "spliced"),
+        "full": ("joint", "full", "spliced"),
+        "sae": ("sae", "full", "spliced"),
+    }
+
+    def sums(kl, ce):
+        return np.stack([kl.sum(1), (kl**2).sum(1), np.full(8, 10), ce[:, 1:].sum(1), np.full(8, 9)], 1)
+
+    table = {key: sums(kl[name], ce[name]) for name, key in keys.items()}
+    table |= {(*key[:2], "random"): sums(kl["random"], ce["random"]) for key in keys.values()}
+    table |= {
+        ("", "clean", "spliced"): sums(kl["sae"] * 0, kl["sae"] * 0 + 2),
+        ("", "mean", "spliced"): sums(kl["own"], kl["own"] * 0 + 7),
+    }
+    results = d.kl_results(table)
+    full = results["arms"]["joint"]["full"]
+    assert results["identity_kl"] == 0 and results["clean_ce"] == 2 and results["tokens"] == 80
+    assert full["kl"] == pytest.approx(kl["full"].mean()) and full["ce"] == pytest.approx(
+        ce["full"][:, 1:].mean()
+    )
+    assert full["ce_recovered"] == pytest.approx((7 - full["ce"]) / 5) and full["excess_ce"] == pytest.approx(
+        full["ce"] - 2
+    )
+    assert full["kl_over_random"] == pytest.approx(kl["full"].mean() / kl["random"].mean())
+    assert full["published"]["kl_cut"][0] == pytest.approx(1 - kl["full"].mean() / kl["own"].mean())
+    assert full["matched"]["kl_cut"][0] == pytest.approx(1 - kl["full"].mean() / kl["sae"].mean())
+    from scipy import stats
+
+    a, b = kl["full"].ravel(), kl["own"].ravel()
+    t = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 80)
+    assert full["published"]["p_published"] == pytest.approx(2 * stats.t.sf(abs(t), 158), rel=0.15)
+    difference = (kl["full"] - kl["own"]).mean(1)
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(8))
+    assert full["published"]["p_paired"] == pytest.approx(2 * stats.t.sf(abs(t), 7))
+    assert "published" not in results["arms"]["joint"]["sae"] and "parameter_matched" not in full
+
+
 # ---- the stages, end to end
 
 
@@ -728,7 +821,7 @@ def trained(model, text, tmp_path_factory):
     """A finished run."""
     run = tmp_path_factory.mktemp("runs") / "run"
     assert stage("train", run, *ARMS, "--model", model, "--text", text, "--layer", 1, *SMALL) == 0
-    assert stage("recon", run) == 0
+    assert stage("recon", run) == 0 and stage("kl", run, "--kl-tokens", 400) == 0
     return run
 
 
@@ -777,13 +870,25 @@ def test_the_run_holds_what_it_should(trained):
         assert curve[-1] < curve[0]
 
 
+def test_kl_of_a_run(trained):
+    results = json.loads((trained / "results" / "kl.json").read_text())
+    assert results["identity_kl"] == 0 and results["tokens"] == 400 and set(results["arms"]) == set(ARMS)
+    assert set(results["arms"]["joint"]) == {"sae", "sae+linear", "sae+interaction", "full"}
+    assert set(results["arms"]["sae"]) == {"full"} and set(results["arms"]["residual-sae"]) == {"sae", "full"}
+    for paths in results["arms"].values():
+        for entry in paths.values():
+            assert {"kl", "ce", "kl_over_random", "ce_recovered"} <= set(entry)
+            assert 0 < entry["kl"] < 10 * results["mean_ablated"]["kl"]
+            assert entry["excess_ce"] == pytest.approx(entry["ce"] - results["clean_ce"])
+
+
 def test_a_second_call_does_nothing_but_print(trained, capsys):
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
-    assert stage("train", trained, *ARMS) == 0 and stage("recon", trained) == 0
+    assert stage("train", trained, *ARMS) == 0 and stage("recon", trained) == 0 and stage("kl", trained) == 0
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()} == before
     out = capsys.readouterr().out
     assert "all there" in out
-    for claim in range(1, 5):
+    for claim in range(1, 8):
         assert f"claim {claim}:" in out
     assert "sae@matched" in out and "Convergence" in out
 
@@ -1062,7 +1167,7 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
     assert {reader for _, readers, _ in d.FLAGS.values() for reader in readers.split()} <= set(d.STAGES)
 
 
-@pytest.mark.parametrize("stage_name", ["plan", "lm", "train", "recon"])
+@pytest.mark.parametrize("stage_name", list(d.STAGES))
 def test_help_is_quick_and_names_the_papers_values(stage_name):
     start = time.monotonic()
     out = subprocess.run(
