@@ -836,8 +836,14 @@ def open_data(cfg, *, whole=False):
 
 
 # ------------------------------------------------------------------------------------------ evaluation
-# Held-out documents only. Sums are kept in float64 and by document: tokens of one document are not
-# independent, so a gain's interval comes from resampling documents, both arms on the same ones (Efron, 1979).
+# Held-out documents only. Errors are summed in float64 by arm, path and document: a document's tokens are
+# not independent, so a gain's interval comes from resampling documents, on both sides the same (Efron, 1979).
+
+BASES = {   # what a path of an arm is compared with: label -> (arm, path); None is the arm itself
+    "published": (None, "sae"), "matched": ("sae", "full"), "parameter_matched": ("sae@matched", "full"),
+    "sae-2dec": ("sae-2dec", "full"), "joint-linear": ("joint-linear", "full"),
+    "joint-interaction": ("joint-interaction", "full"),
+    "without-linear": (None, "sae+interaction"), "without-interaction": (None, "sae+linear")}
 
 def path_sums(parts):
     """x_hat by path, from an arm's parts: "sae", the SAE alone; with one part added, of several; "full"."""
@@ -845,60 +851,81 @@ def path_sums(parts):
     own = {"sae": parts["sae"]} if added else {}
     return own | (added if len(added) > 1 else {}) | {"full": sum(parts.values())}
 
-def held_out_batches(cfg, data, split, tokens):
-    """Held-out activations, 64 windows at a time: an iterator of (x (B, D), documents' numbers (B,))."""
+def held_out_windows(cfg, data, split, tokens):
+    """Windows of a held-out split, 32 at a time: an iterator of (ids (32, T), documents' numbers (32,))."""
     _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
-    numbers = numbers.unique(return_inverse=True)[1].repeat_interleave(data.rows).to(cfg.device)
-    for at in range(0, len(ids), 64):
-        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids[at:at + 64], skip=data.skip))
-        yield x, numbers[at * data.rows:(at + 64) * data.rows]
+    numbers = numbers.unique(return_inverse=True)[1]
+    return zip(ids.to(cfg.device).split(32), numbers.to(cfg.device).split(32), strict=True)
+
+def add_by_document(sums, key, numbers, rows):
+    """Add rows (B, columns) to sums[key] (documents, columns), in float64 and in place."""
+    so_far = sums.get(key, rows.new_zeros(0, rows.shape[1], dtype=torch.float64))
+    total = so_far.new_zeros(max(len(so_far), int(numbers.max()) + 1), rows.shape[1])
+    total[:len(so_far)] = so_far
+    sums[key] = total.index_add_(0, numbers, rows.double())
+
+def gain(own, base, *, resamples=2000, seed=0):
+    """Share of the base's error that is gone, 1 - Σ own / Σ base: [gain, low, high].
+    own, base (documents,): low and high bound 95 % by a percentile bootstrap over documents."""
+    from scipy.stats import bootstrap
+    def statistic(a, b, axis=-1):
+        return 1 - a.sum(axis) / b.sum(axis)
+    if len(own) < 2:
+        return [float(statistic(own, base)), math.nan, math.nan]
+    low, high = bootstrap((own, base), statistic, paired=True, vectorized=True, n_resamples=resamples,
+                          batch=100, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
+    return [float(statistic(own, base)), float(low), float(high)]
+
+def gains(errors):
+    """The gain of every path of every arm over every base that is there: errors {(arm, path): (documents,)}
+    -> {arm: {path: {label of the base: [gain, low, high]}}}."""
+    found = {}
+    for (arm, path), own in errors.items():
+        here = found.setdefault(arm, {}).setdefault(path, {})
+        for label, (base_arm, base_path) in BASES.items():
+            base = (base_arm or arm, base_path)
+            if base in errors and base != (arm, path):
+                here[label] = gain(own, errors[base])
+    return found
 
 @torch.no_grad()
 def evaluate(models, batches, *, std):
-    """Errors of several models over the same batches of (x (B, D), documents' numbers (B,)), in float64.
-    std (D,) turns errors into raw units. Returns {model: results}; mse, fvu, fvu_raw and sse, an array by
-    document, go by path, magnitude = mean |part| by part; l0 is the mean number of kept features above 0. fvu
-    = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
+    """Errors of several models over the same batches of (x (B, D), documents' numbers (B,)).
+    std (D,) turns errors into raw units. Returns {model: results}: mse, fvu, fvu_raw and sse, an array by
+    document, go by path; magnitude, mean |part|, by part; l0 is the mean number of kept features above 0.
+    fvu = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
     tokens, total, squares, variance = 0, 0, 0, std.double().square()
-    errors, magnitudes, kept = {}, {}, {}
+    kept = {name: torch.zeros(model.learner.F, device=std.device) for name, model in models.items()}
+    errors, magnitudes = {}, {name: {} for name in models}
     for x, numbers in batches:
         exact = x.double()
         tokens, total, squares = tokens + len(x), total + exact.sum(0), squares + exact.square().sum(0)
         for name, model in models.items():
-            kept.setdefault(name, torch.zeros(model.learner.F, device=x.device))
             parts = model(x, counts=kept[name])
             for part, value in parts.items():
-                magnitudes[name, part] = magnitudes.get((name, part), 0) + value.double().abs().sum().item()
+                magnitudes[name][part] = magnitudes[name].get(part, 0) + value.double().abs().sum().item()
             for path, x_hat in path_sums(parts).items():
                 error = (x_hat - x).double().square()     # (B, D)
-                both = torch.stack([error.sum(1), error @ variance], 1)
-                so_far = errors.get((name, path), both.new_zeros(0, 2))
-                longer = both.new_zeros(max(len(so_far), int(numbers.max()) + 1), 2)
-                longer[:len(so_far)] = so_far
-                errors[name, path] = longer.index_add_(0, numbers, both)
+                by_space = torch.stack([error.sum(1), error @ variance], 1)
+                add_by_document(errors, (name, path), numbers, by_space)
     spread = squares - total.square() / tokens            # (D,) Σ (x - mean)²
-    scale = {"mse": tokens * len(std), "fvu": spread.sum().item(), "fvu_raw": (spread @ variance).item()}
-    results = {name: dict(mse={}, fvu={}, fvu_raw={}, sse={}, magnitude={}, tokens=tokens,
-                          l0=kept[name].sum().item() / tokens) for name in models}
-    for (name, path), by_document in errors.items():
-        for measure, column in (("mse", 0), ("fvu", 0), ("fvu_raw", 1)):
-            results[name][measure][path] = by_document[:, column].sum().item() / scale[measure]
-        results[name]["sse"][path] = by_document[:, 0].cpu().numpy()
-    for (name, part), value in magnitudes.items():
-        results[name]["magnitude"][part] = value / scale["mse"]
+    scale = dict(mse=tokens * len(std), fvu=spread.sum().item(), fvu_raw=(spread @ variance).item())
+    results = {}
+    for name in models:
+        paths = {path: total for (of, path), total in errors.items() if of == name}
+        results[name] = dict(
+            tokens=tokens, l0=kept[name].sum().item() / tokens,
+            magnitude={part: value / scale["mse"] for part, value in magnitudes[name].items()},
+            sse={path: total[:, 0].cpu().numpy() for path, total in paths.items()},
+            **{measure: {path: total[:, int(measure == "fvu_raw")].sum().item() / scale[measure]
+                         for path, total in paths.items()} for measure in scale})
     return results
 
-def gain(sse, sse_base, *, resamples=2000, seed=0):
-    """Share of the base's error that is gone, 1 - Σ sse / Σ sse_base: [gain, low, high].
-    sse, sse_base (documents,): low and high bound 95 % by a percentile bootstrap over documents."""
-    from scipy.stats import bootstrap
-    def statistic(a, b, axis=-1):
-        return 1 - a.sum(axis) / b.sum(axis)
-    if len(sse) < 2:
-        return [float(statistic(sse, sse_base)), math.nan, math.nan]
-    low, high = bootstrap((sse, sse_base), statistic, paired=True, vectorized=True, n_resamples=resamples,
-                          batch=100, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return [float(statistic(sse, sse_base)), float(low), float(high)]
+def held_out_batches(cfg, data, split, tokens):
+    """Held-out activations, as evaluate takes them: an iterator of (x (B, D), documents' numbers (B,))."""
+    for ids, numbers in held_out_windows(cfg, data, split, tokens):
+        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
+        yield x, numbers.repeat_interleave(data.rows)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -930,18 +957,21 @@ def learning_rate(lr, step, steps, decay=0.8):
 
 def training_step(model, optimizer, x, *, generator=None, counts=None):
     """One step on x (B, D): loss = mean((x_hat - x)²), gradient norm clipped at 1, Adam. Returns the loss.
-    generator draws the dropout mask; counts as in DualEncoder.forward."""
+    generator draws the dropout mask; counts as in DualEncoder.forward. Raises FloatingPointError, before any
+    weight has changed, if loss or gradient is not finite."""
     loss = (sum(model(x, generator, counts).values()) - x).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if not torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite():
+        raise FloatingPointError("loss or gradient is not finite")
     optimizer.step()
     return loss.detach()
 
-def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout, on_log):
+def train_candidates(candidates, batches, *, steps, batch, seed=0, decay=0.8, dropout=0.0):
     """The loop: every candidate takes every batch (step, epoch, x) that it has not had yet.
-    on_log(epoch) is called about fifty times a run, once the losses since its last call were found finite.
-    Raises UserError, naming arm and step, for one that is not."""
+    A generator of epochs: it pauses about fifty times a run, for its caller to log and to save.
+    Raises UserError, naming arm and step, where training_step finds a value that is not finite."""
     every = max(1, steps // 50)
     counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # a feature is dead if none kept it
     for step, epoch, x in batches:
@@ -955,27 +985,21 @@ def train_candidates(candidates, batches, *, steps, batch, seed, decay, dropout,
                 generator = torch.Generator(x.device)
                 generator.manual_seed(zlib.crc32(f"{seed}/{c.arm}/{step}".encode()))
             counting = step >= steps - counted_steps
-            c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype),
-                                          generator=generator, counts=c.counts if counting else None))
+            try:
+                c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype),
+                                              generator=generator, counts=c.counts if counting else None))
+            except FloatingPointError as error:
+                raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step}; lower --lr (the "
+                                f"last checkpoint is kept)") from error
             c.counted += len(x) * counting
             c.step = step + 1
         if (step + 1) % every == 0 or step + 1 == steps:
-            for c in candidates:
-                finite = [bool(loss.isfinite()) for loss in c.losses]
-                if not all(finite):
-                    bad = c.step - len(finite) + finite.index(False)
-                    raise UserError(f"arm {c.arm} at lr {c.lr:g}: the loss is not finite at step {bad}; "
-                                    f"lower --lr (the last checkpoint is kept)")
-            on_log(epoch)
+            yield epoch
             for c in candidates:
                 c.losses.clear()
 
 def save_checkpoint(path, candidates, config):
-    """Write all that an arm's training resumes from. UserError if its weights are not finite."""
-    for c in candidates:
-        if not all(p.isfinite().all() for p in c.model.parameters()):
-            raise UserError(f"arm {c.arm} at lr {c.lr:g}: weights are not finite at step {c.step}; "
-                            f"lower --lr (the last checkpoint is kept)")
+    """Write all that the training of an arm's candidates resumes from."""
     state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
         dict(step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
              counted=c.counted) for c in candidates])
@@ -1033,8 +1057,12 @@ def train_pass(cfg, data, arms):
     with replacing(log) as temporary:                     # what came after a checkpoint is logged again
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
 
-    def on_log(epoch):
-        nonlocal saved
+    batches = activation_batches(
+        data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan, epochs=cfg.chunk_epochs,
+        seed=cfg.seed, skip=data.skip, start=start)
+    bar = tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None)
+    for epoch in train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay,
+                                  dropout=cfg.dropout):
         new = [dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1,
                     mse=torch.stack(c.losses).mean().item()) for c in everyone if c.losses]
         with blame(f"cannot write {log}"), open(log, "a") as file:
@@ -1043,13 +1071,6 @@ def train_pass(cfg, data, arms):
             for name, candidates in arms.items():
                 save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields_of(cfg, "train"))
             saved = time.monotonic()
-
-    batches = activation_batches(
-        data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan, epochs=cfg.chunk_epochs,
-        seed=cfg.seed, skip=data.skip, start=start)
-    bar = tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None)
-    train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay,
-                     dropout=cfg.dropout, on_log=on_log)
     validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
     validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone}, validation,
                          std=data.standardiser.std)
@@ -1099,44 +1120,44 @@ def run_train(cfg):
 
 CLAIMS = (
     ("claim 1: joint training cuts the reconstruction error (paper: 41.3 %, mse 0.275 to 0.162)", (
-        ("paper's metric", "joint against its own SAE path", "recon/joint/gain/published"),
-        ("control", "joint against sae", "recon/joint/gain/matched"),
-        ("", "sae-2dec, exactly an SAE, against its own SAE path", "recon/sae-2dec/gain/published"),
-        ("", "sae-2dec against sae", "recon/sae-2dec/gain/matched"),
-        ("", "joint against sae-2dec", "recon/joint/gain/vs_sae-2dec"),
-        ("", "joint against sae@matched, as many parameters", "recon/joint/gain/parameter_matched"))),
+        ("paper's metric", "joint against its own SAE path", "recon/joint/gain/full/published"),
+        ("control", "joint against sae", "recon/joint/gain/full/matched"),
+        ("", "sae-2dec, exactly an SAE, against its own SAE path", "recon/sae-2dec/gain/full/published"),
+        ("", "sae-2dec against sae", "recon/sae-2dec/gain/full/matched"),
+        ("", "joint against sae-2dec", "recon/joint/gain/full/sae-2dec"),
+        ("", "joint against sae@matched, as many parameters", "recon/joint/gain/full/parameter_matched"))),
     ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
-        ("paper's metric", "sequential against the SAE cut to its top", "recon/sequential/gain/published"),
-        ("control", "residual-sae against the same", "recon/residual-sae/gain/published"),
-        ("", "sequential against the uncut sae", "recon/sequential/gain/matched"),
-        ("", "residual-sae against the uncut sae", "recon/residual-sae/gain/matched"))),
+        ("paper's metric", "sequential against the SAE cut to its top", "recon/sequential/gain/full/published"),
+        ("control", "residual-sae against the same", "recon/residual-sae/gain/full/published"),
+        ("", "sequential against the uncut sae", "recon/sequential/gain/full/matched"),
+        ("", "residual-sae against the uncut sae", "recon/residual-sae/gain/full/matched"))),
     ("claim 3: the interaction is a small share of the NFM; paths sub-additive (paper: 6 %, 4.5 %)", (
         ("paper's metric", "joint: interaction's share of mean |output|", "recon/joint/interaction_share"),
         ("", "sequential: interaction's share of mean |output|", "recon/sequential/interaction_share"),
-        ("control", "joint: error cut by adding the linear path alone", "recon/joint/cut/add_linear"),
-        ("", "joint: error cut by adding the interaction alone", "recon/joint/cut/add_interaction"),
-        ("", "joint: these two cuts less the cut by both", "recon/joint/cut/sum_less_both"),
-        ("", "joint: error added by leaving out the linear path", "recon/joint/cut/leave_out_linear"),
-        ("", "joint: error added by leaving out the interaction", "recon/joint/cut/leave_out_interaction"),
-        ("", "joint against joint-linear, without interaction", "recon/joint/gain/vs_joint-linear"),
-        ("", "joint against joint-interaction, without linear", "recon/joint/gain/vs_joint-interaction"),
-        ("", "joint-linear against sae", "recon/joint-linear/gain/matched"),
-        ("", "joint-interaction against sae", "recon/joint-interaction/gain/matched"),
-        ("", "joint-mlp, without a product, against sae", "recon/joint-mlp/gain/matched"))),
+        ("control", "joint: error cut by linear, added first", "recon/joint/gain/sae+linear/published"),
+        ("", "joint: by interaction, added first", "recon/joint/gain/sae+interaction/published"),
+        ("", "joint: the two first cuts less the cut by both", "recon/joint/cuts_less_joint_cut"),
+        ("", "joint: by linear, added last", "recon/joint/gain/full/without-linear"),
+        ("", "joint: by the interaction, added last", "recon/joint/gain/full/without-interaction"),
+        ("", "joint against joint-linear", "recon/joint/gain/full/joint-linear"),
+        ("", "joint against joint-interaction", "recon/joint/gain/full/joint-interaction"),
+        ("", "joint-linear against sae", "recon/joint-linear/gain/full/matched"),
+        ("", "joint-interaction against sae", "recon/joint-interaction/gain/full/matched"),
+        ("", "joint-mlp, without a product, against sae", "recon/joint-mlp/gain/full/matched"))),
     ("claim 4: the SAE alone explains most of the variance (paper: 86.4 %, mse 0.136)", (
-        ("paper's metric", "sae: 1 - mse, yet on documents held out", "recon/sae/explained/standardised"),
-        ("control", "sae: 1 - fvu", "recon/sae/explained/held_out_variance"),
-        ("", "sae: 1 - fvu in raw space", "recon/sae/explained/raw"),
+        ("paper's metric", "sae: 1 - mse, yet on documents held out", "recon/sae/explained/mse"),
+        ("control", "sae: 1 - fvu", "recon/sae/explained/fvu"),
+        ("", "sae: 1 - fvu in raw space", "recon/sae/explained/fvu_raw"),
         ("", "sae: dead features", "recon/sae/dead"))),
     ("claim 5: joint training cuts KL (paper: 51.9 %, linear 50.9, nonlinear 8.6), CE (26.2 % of all)", (
-        ("paper's metric", "KL, joint against its own SAE path", "kl/joint/full/published/kl_cut"),
-        ("", "its linear path alone", "kl/joint/sae+linear/published/kl_cut"),
-        ("", "its interaction alone", "kl/joint/sae+interaction/published/kl_cut"),
-        ("", "CE, joint against its own SAE path, of all CE", "kl/joint/full/published/ce_cut_of_total"),
-        ("", "KL, sequential against the cut SAE (29.8 %)", "kl/sequential/full/published/kl_cut"),
-        ("control", "KL, joint against sae", "kl/joint/full/matched/kl_cut"),
-        ("", "KL, joint against sae@matched", "kl/joint/full/parameter_matched/kl_cut"),
-        ("", "KL, sae-2dec against its own SAE path", "kl/sae-2dec/full/published/kl_cut"),
+        ("paper's metric", "KL, joint against its own SAE path", "kl/joint/full/cut/published"),
+        ("", "its linear path alone", "kl/joint/sae+linear/cut/published"),
+        ("", "its interaction alone", "kl/joint/sae+interaction/cut/published"),
+        ("", "CE, joint against its own SAE path, of all CE", "kl/joint/full/ce_cut_of_total"),
+        ("", "KL, sequential against the cut SAE (29.8 %)", "kl/sequential/full/cut/published"),
+        ("control", "KL, joint against sae", "kl/joint/full/cut/matched"),
+        ("", "KL, joint against sae@matched", "kl/joint/full/cut/parameter_matched"),
+        ("", "KL, sae-2dec against its own SAE path", "kl/sae-2dec/full/cut/published"),
         ("", "CE recovered, sae", "kl/sae/full/ce_recovered"),
         ("", "CE recovered, joint", "kl/joint/full/ce_recovered"))),
     ("claim 6: SAE errors cost more than random ones of their size (paper: 299 % of the KL; 210 %)", (
@@ -1146,9 +1167,9 @@ CLAIMS = (
         ("", "joint in full, KL over random error's", "kl/joint/full/kl_over_random"))),
     ("claim 7: the nonlinear path's 3 % of parameters give a sixth of the gain (paper: 8.6 of 51.9)", (
         ("paper's metric", "KL, interaction added to the own SAE path",
-         "kl/joint/sae+interaction/published/kl_cut"),
-        ("control", "KL, joint against joint-linear", "kl/joint/full/vs_joint_linear/kl_cut"),
-        ("", "KL, joint-mlp, without a product, against it", "kl/joint-mlp/full/vs_joint_linear/kl_cut"))))
+         "kl/joint/sae+interaction/cut/published"),
+        ("control", "KL, joint against joint-linear", "kl/joint/full/cut/joint-linear"),
+        ("", "KL, joint-mlp, without a product, against it", "kl/joint-mlp/full/cut/joint-linear"))))
 
 def percent(value):
     """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
@@ -1168,29 +1189,21 @@ def print_claims(stage, arms):
                 value = value.get(key) if value else None
             print(f"  {kind:16}{label:54}{percent(value):>24}")
 
-def arm_results(name, measured, model):
-    """An arm's entry in recon.json, from what evaluate measured of all arms."""
-    own = measured[name]
-    mse, fvu, fvu_raw = (own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw"))
-    entry = dict(mse=mse, fvu=fvu, fvu_raw=fvu_raw, l0=own["l0"], params=count_parameters(model),
-                 explained=dict(standardised=1 - mse, held_out_variance=1 - fvu, raw=1 - fvu_raw),
-                 **{key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")})
-    bases = dict(matched="sae", parameter_matched="sae@matched")
-    bases |= {f"vs_{base}": base for base in ("sae-2dec", "joint-linear", "joint-interaction")}
-    intervals = {key: gain(own["sse"]["full"], measured[base]["sse"]["full"]) for key, base in bases.items()
-                 if base in measured and base != name}
-    if len(own["magnitude"]) > 1:                         # more than the SAE path
+def arm_results(own, gain, model):
+    """An arm's entry in recon.json, from what evaluate and gains have of it."""
+    entry = {measure: own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw")}
+    entry["explained"] = {measure: 1 - value for measure, value in entry.items()}
+    entry |= {key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
+    entry |= dict(l0=own["l0"], params=count_parameters(model), gain=gain,
+                  improvement={label: value[0] for label, value in gain["full"].items()})
+    if "sae" in own["mse"]:
         entry |= dict(fvu_by_path=own["fvu"], mse_by_path=own["mse"], magnitude=own["magnitude"])
-        intervals["published"] = gain(own["sse"]["full"], own["sse"]["sae"])
-    if {"linear", "interaction"} <= set(own["magnitude"]):
-        cut = {path: 1 - value / own["mse"]["sae"] for path, value in own["mse"].items()}
+    if "sae+interaction" in own["mse"]:
         linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
-        entry |= dict(interaction_share=interaction / (linear + interaction), cut=dict(
-            add_linear=cut["sae+linear"], add_interaction=cut["sae+interaction"],
-            leave_out_linear=cut["full"] - cut["sae+interaction"],
-            leave_out_interaction=cut["full"] - cut["sae+linear"],
-            sum_less_both=cut["sae+linear"] + cut["sae+interaction"] - cut["full"]))
-    return entry | dict(improvement={key: value[0] for key, value in intervals.items()}, gain=intervals)
+        first = [gain[path]["published"][0] for path in ("sae+linear", "sae+interaction", "full")]
+        entry |= dict(interaction_share=interaction / (linear + interaction),
+                      cuts_less_joint_cut=first[0] + first[1] - first[2])
+    return entry
 
 def load_arms(cfg, D):
     """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit."""
@@ -1215,8 +1228,9 @@ def measure_recon(cfg):
     batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
     bar = tqdm(batches, desc="recon", unit="batch", disable=None)
     measured = evaluate(models, bar, std=data.standardiser.std)
+    cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
     return dict(tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
-                arms={name: arm_results(name, measured, model) for name, model in models.items()})
+                arms={name: arm_results(measured[name], cuts[name], model) for name, model in models.items()})
 
 def run_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
@@ -1226,7 +1240,7 @@ def run_recon(cfg):
           f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
     table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
         (name, f"{a['params']:,}", f"{a['lr']:g}", *(f"{a[key]:.4f}" for key in ("mse", "fvu", "fvu_raw")),
-         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["gain"].get("matched")))
+         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["gain"]["full"].get("matched")))
         for name, a in arms.items()))
     print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: "
           f"bootstrap over documents, one training seed\n\nfvu by path")
@@ -1266,70 +1280,71 @@ def epsilon_random(x, x_hat, generator):
     return x + direction * ((x_hat - x).norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
 
 def measure_kl(cfg):
-    """What each path of each arm costs the language model on test documents: the contents of results/kl.json.
-    Sums by document are (documents, 5): KL, KL², tokens, cross-entropy, tokens that have a next one."""
+    """What each path of each arm costs the language model on test documents, as kl_results tells it.
+    Summed by document are KL, KL², tokens, cross-entropy, and tokens that have a next one."""
     from tqdm import tqdm
     data = open_data(cfg, whole=True)
     models, sums = load_arms(cfg, data.D), {}
-    _, numbers, ids = take_windows(data.stream("test"), math.ceil(cfg.kl_tokens / data.rows))
-    numbers = numbers.unique(return_inverse=True)[1]
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    for at in tqdm(range(0, len(ids), 16), desc="kl", unit="batch", disable=None):
-        tokens, owners, read = ids[at:at + 16].to(cfg.device), numbers[at:at + 16], []
-        clean = splice(data.lm, cfg.layer, tokens, lambda hidden, read=read: (read.append(hidden), hidden)[1])
+    for tokens, numbers in tqdm(held_out_windows(cfg, data, "test", cfg.kl_tokens), desc="kl", disable=None):
+        read = []
+
+        def keep(hidden, read=read):
+            read.append(hidden)
+            return hidden
+        clean = splice(data.lm, cfg.layer, tokens, keep)
         raw = read[0][:, data.skip:].float()              # (windows, tokens of each, D)
 
-        def score(key, new, tokens=tokens, owners=owners, clean=clean):
+        def score(key, new, tokens=tokens, numbers=numbers, clean=clean):
             logits = splice(data.lm, cfg.layer, tokens, lambda hidden: torch.cat(
                 [hidden[:, :data.skip], new.view(len(tokens), -1, data.D).to(hidden.dtype)], 1))
             kl = kl_divergence(clean, logits)[:, data.skip:].double()
-            ce = torch.nn.functional.cross_entropy(logits[:, data.skip:-1].transpose(1, 2).float(),
-                                                   tokens[:, data.skip + 1:], reduction="none").double()
+            ce = torch.nn.functional.cross_entropy(
+                logits[:, data.skip:-1].transpose(1, 2).float(), tokens[:, data.skip + 1:], reduction="none")
             ones = torch.ones_like(kl)
-            row = torch.stack([part.sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])], 1).cpu()
-            total = sums.setdefault(key, torch.zeros(int(numbers.max()) + 1, 5).double())
-            total.index_add_(0, owners, row)
-        score(("", "clean", "spliced"), raw)
-        score(("", "mean", "spliced"), data.standardiser.mean.expand_as(raw))
+            row = [part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
+            add_by_document(sums, key, numbers, torch.stack(row, 1))
+        score(("clean", ""), raw)
+        score(("mean", ""), data.standardiser.mean.expand_as(raw))
         x = data.standardiser.encode(raw).flatten(0, 1)
         for name, model in models.items():
             with torch.no_grad():
                 paths = path_sums(model(x))
             for path, x_hat in paths.items():
                 new = data.standardiser.decode(x_hat).view_as(raw)
-                score((name, path, "spliced"), new)
+                score((name, path), new)
                 score((name, path, "random"), epsilon_random(raw, new, generator))
-    return kl_results({key: total.numpy() for key, total in sums.items()})
+    return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):
     """The contents of results/kl.json, from measure_kl's sums. CE recovered is 1 for the clean model, 0 for
-    activations replaced by their mean. p_published: the paper's unpaired t-test, over tokens as if they were
-    independent; p_paired: the paired one, over documents."""
+    activations replaced by their mean. Each cut of KL stands with two p-values: the published test, unpaired,
+    over tokens as if they were independent, and the paired one over documents."""
     from scipy.stats import ttest_ind_from_stats, ttest_rel
-    def mean(key, column=0, count=2):
-        return float(sums[key][:, column].sum() / sums[key][:, count].sum())
+    means = {key: (total[:, 0].sum() / total[:, 2].sum(), total[:, 3].sum() / total[:, 4].sum())
+             for key, total in sums.items()}
 
     def moments(key):
-        return mean(key), max(0.0, mean(key, 1) - mean(key) ** 2) ** 0.5, sums[key][:, 2].sum()
-    clean, lost, arms = ("", "clean", "spliced"), ("", "mean", "spliced"), {}
-    clean_ce, lost_ce = mean(clean, 3, 4), mean(lost, 3, 4)
-    for key in [key for key in sums if key[0] and key[2] == "spliced"]:
-        name, path, _ = key
-        kl, ce = mean(key), mean(key, 3, 4)
-        entry = arms.setdefault(name, {})[path] = dict(
-            kl=kl, ce=ce, kl_over_random=kl / mean((name, path, "random")), excess_ce=ce - clean_ce,
-            ce_recovered=(lost_ce - ce) / (lost_ce - clean_ce))
-        for label, arm, base_path in (("published", name, "sae"), ("matched", "sae", "full"), (
-                "parameter_matched", "sae@matched", "full"), ("vs_joint_linear", "joint-linear", "full")):
-            base = (arm, base_path, "spliced")
-            if base in sums and base != key:
-                own, other = sums[key], sums[base]
-                entry[label] = dict(
-                    kl_cut=gain(own[:, 0], other[:, 0]), ce_cut_of_total=1 - ce / mean(base, 3, 4),
-                    p_published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
-                    p_paired=float(ttest_rel(own[:, 0] / own[:, 2], other[:, 0] / other[:, 2]).pvalue))
-    return dict(arms=arms, clean_ce=clean_ce, mean_ablated=dict(kl=mean(lost), ce=lost_ce),
-                identity_kl=mean(clean), tokens=int(sums[clean][:, 2].sum()), documents=len(sums[clean]))
+        kl, square, tokens = sums[key][:, :3].sum(0)
+        return kl / tokens, max(0.0, square / tokens - (kl / tokens) ** 2) ** 0.5, tokens
+    (identity, clean), (lost_kl, lost), arms = means["clean", ""], means["mean", ""], {}
+    spliced = {key: total[:, 0] for key, total in sums.items() if len(key) == 2 and key[1]}
+    for name, paths in gains(spliced).items():
+        for path, cut in paths.items():
+            key, (kl, ce) = (name, path), means[name, path]
+            arms.setdefault(name, {})[path] = entry = dict(
+                kl=kl, ce=ce, kl_over_random=kl / means[name, path, "random"][0], excess_ce=ce - clean,
+                ce_recovered=(lost - ce) / (lost - clean), cut=cut, p={})
+            for label in cut:
+                base = (BASES[label][0] or name, BASES[label][1])
+                by_document = [sums[which][:, 0] / sums[which][:, 2] for which in (key, base)]
+                entry["p"][label] = dict(
+                    published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
+                    paired=float(ttest_rel(*by_document).pvalue))
+            if "published" in cut:
+                entry["ce_cut_of_total"] = 1 - ce / means[name, "sae"][1]
+    return dict(arms=arms, clean_ce=clean, mean_ablated=dict(kl=lost_kl, ce=lost), identity_kl=identity,
+                tokens=int(sums["clean", ""][:, 2].sum()), documents=len(sums["clean", ""]))
 
 def run_kl(cfg):
     """Stage `kl`: KL and cross-entropy with each path spliced in; prints claims 5 to 7 and their controls."""
@@ -1339,7 +1354,7 @@ def run_kl(cfg):
           f"CE {results['clean_ce']:.4f}, mean-ablated CE {results['mean_ablated']['ce']:.4f}")
     table(("arm, path", "KL", "over random's", "excess CE", "CE recovered", "KL cut against sae [95 %]"), *(
         (f"{name}, {path}", f"{p['kl']:.4f}", f"{p['kl_over_random']:.2f}", f"{p['excess_ce']:.4f}",
-         percent(p["ce_recovered"]), percent(p.get("matched", {}).get("kl_cut")))
+         percent(p["ce_recovered"]), percent(p["cut"].get("matched")))
         for name, paths in arms.items() for path, p in paths.items()))
     print_claims("kl", arms)
 

@@ -768,19 +768,19 @@ def test_kl_results_against_numpy():
     }
     ce = {name: 2 + values for name, values in kl.items()}
     keys = {
-        "own": ("joint", "sae", "spliced"),
-        "full": ("joint", "full", "spliced"),
-        "sae": ("sae", "full", "spliced"),
+        "own": ("joint", "sae"),
+        "full": ("joint", "full"),
+        "sae": ("sae", "full"),
     }
 
     def sums(kl, ce):
         return np.stack([kl.sum(1), (kl**2).sum(1), np.full(8, 10), ce[:, 1:].sum(1), np.full(8, 9)], 1)
 
     table = {key: sums(kl[name], ce[name]) for name, key in keys.items()}
-    table |= {(*key[:2], "random"): sums(kl["random"], ce["random"]) for key in keys.values()}
+    table |= {(*key, "random"): sums(kl["random"], ce["random"]) for key in keys.values()}
     table |= {
-        ("", "clean", "spliced"): sums(kl["sae"] * 0, kl["sae"] * 0 + 2),
-        ("", "mean", "spliced"): sums(kl["own"], kl["own"] * 0 + 7),
+        ("clean", ""): sums(kl["sae"] * 0, kl["sae"] * 0 + 2),
+        ("mean", ""): sums(kl["own"], kl["own"] * 0 + 7),
     }
     results = d.kl_results(table)
     full = results["arms"]["joint"]["full"]
@@ -792,17 +792,19 @@ def test_kl_results_against_numpy():
         full["ce"] - 2
     )
     assert full["kl_over_random"] == pytest.approx(kl["full"].mean() / kl["random"].mean())
-    assert full["published"]["kl_cut"][0] == pytest.approx(1 - kl["full"].mean() / kl["own"].mean())
-    assert full["matched"]["kl_cut"][0] == pytest.approx(1 - kl["full"].mean() / kl["sae"].mean())
+    assert full["cut"]["published"][0] == pytest.approx(1 - kl["full"].mean() / kl["own"].mean())
+    assert full["cut"]["matched"][0] == pytest.approx(1 - kl["full"].mean() / kl["sae"].mean())
     from scipy import stats
 
     a, b = kl["full"].ravel(), kl["own"].ravel()
     t = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 80)
-    assert full["published"]["p_published"] == pytest.approx(2 * stats.t.sf(abs(t), 158), rel=0.15)
+    assert full["p"]["published"]["published"] == pytest.approx(2 * stats.t.sf(abs(t), 158), rel=0.15)
     difference = (kl["full"] - kl["own"]).mean(1)
     t = difference.mean() / (difference.std(ddof=1) / np.sqrt(8))
-    assert full["published"]["p_paired"] == pytest.approx(2 * stats.t.sf(abs(t), 7))
-    assert "published" not in results["arms"]["joint"]["sae"] and "parameter_matched" not in full
+    assert full["p"]["published"]["paired"] == pytest.approx(2 * stats.t.sf(abs(t), 7))
+    assert (
+        "published" not in results["arms"]["joint"]["sae"]["cut"] and "parameter_matched" not in full["cut"]
+    )
 
 
 # ---- the stages, end to end
@@ -845,11 +847,14 @@ def test_the_run_holds_what_it_should(trained):
     assert joint["improvement"]["parameter_matched"] == pytest.approx(
         1 - joint["mse"] / results["arms"]["sae@matched"]["mse"]
     )
-    cut = joint["cut"]
-    assert cut["add_linear"] + cut["leave_out_interaction"] == pytest.approx(
-        joint["improvement"]["published"]
+    mse, gain = joint["mse_by_path"], {path: entry for path, entry in joint["gain"].items()}
+    assert gain["sae+linear"]["published"][0] == pytest.approx(1 - mse["sae+linear"] / mse["sae"])
+    assert gain["full"]["without-linear"][0] == pytest.approx(1 - mse["full"] / mse["sae+interaction"])
+    first = [1 - mse[path] / mse["sae"] for path in ("sae+linear", "sae+interaction", "full")]
+    assert joint["cuts_less_joint_cut"] == pytest.approx(first[0] + first[1] - first[2])
+    assert joint["interaction_share"] == pytest.approx(
+        joint["magnitude"]["interaction"] / (joint["magnitude"]["interaction"] + joint["magnitude"]["linear"])
     )
-    assert cut["sum_less_both"] == pytest.approx(cut["add_linear"] - cut["leave_out_linear"])
     assert joint["lr"] == min(
         joint["validation_mse"], key=joint["validation_mse"].get, default=None
     ) or f"{joint['lr']:g}" == min(joint["validation_mse"], key=joint["validation_mse"].get)
@@ -996,7 +1001,7 @@ def test_a_loss_that_is_not_finite_stops_with_arm_and_step_and_keeps_the_checkpo
 
     monkeypatch.setattr(d, "training_step", step)
     assert stage("train", run, "joint", "--save-minutes", 0) == 2
-    assert "arm joint at lr 0.003: the loss is not finite at step 30;" in capsys.readouterr().err
+    assert "arm joint at lr 0.003: the loss or gradient is not finite at step 30;" in capsys.readouterr().err
     state = torch.load(run / "joint.ckpt", weights_only=True)
     assert state["candidates"][0]["step"] == 30
     assert all(t.isfinite().all() for t in state["candidates"][0]["model"].values())
