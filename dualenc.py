@@ -1127,7 +1127,7 @@ CLAIMS = (
         ("", "joint against sae-2dec", "recon/joint/gain/full/sae-2dec"),
         ("", "joint against sae@matched, as many parameters", "recon/joint/gain/full/parameter_matched"))),
     ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
-        ("paper's metric", "sequential against the SAE cut to its top", "recon/sequential/gain/full/published"),
+        ("paper's metric", "sequential against the cut SAE", "recon/sequential/gain/full/published"),
         ("control", "residual-sae against the same", "recon/residual-sae/gain/full/published"),
         ("", "sequential against the uncut sae", "recon/sequential/gain/full/matched"),
         ("", "residual-sae against the uncut sae", "recon/residual-sae/gain/full/matched"))),
