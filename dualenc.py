@@ -50,6 +50,9 @@ import zlib
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------ core maths
@@ -372,7 +375,6 @@ class Standardiser(torch.nn.Module):
 
 def save_arm(path, model, standardiser, config):
     """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
-    from safetensors.torch import save_file
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"standardiser.{name}": tensor for name, tensor in standardiser.state_dict().items()}
     with replacing(path) as temporary:
@@ -382,7 +384,6 @@ def save_arm(path, model, standardiser, config):
 def load_arm(path):
     """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
     model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged file."""
-    from safetensors import safe_open
     with blame(f"{path} is not an arm that this program wrote, or is damaged"):
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["dualenc"])
@@ -592,7 +593,6 @@ def docstring_corpus():
     import ast
     import importlib.util
     import warnings
-    from tqdm import tqdm
     files = [file for package in ("numpy", "scipy", "torch")
              for file in sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
              if not {"tests", "testing"} & set(file.parts)]
@@ -716,7 +716,6 @@ def train_tokenizer(texts, vocab_size):
 
 def run_lm(cfg):
     """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
-    from tqdm import tqdm
     from transformers import AutoConfig, AutoModelForCausalLM, logging
     logging.disable_progress_bar()
     if cfg.model != "tiny" or (cfg.run / "lm").exists():
@@ -812,7 +811,6 @@ def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
 def open_data(cfg, *, whole=False):
     """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
     standardiser. A run's first call writes its config.json and its standardiser."""
-    from safetensors.torch import load_file, save_file
     path = cfg.run / "lm" if cfg.model == "tiny" else cfg.model
     if cfg.model == "tiny" and not path.exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
@@ -855,7 +853,8 @@ def held_out_windows(cfg, data, split, tokens):
     """Windows of a held-out split, 32 at a time: an iterator of (ids (32, T), documents' numbers (32,))."""
     _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
     numbers = numbers.unique(return_inverse=True)[1]
-    return zip(ids.to(cfg.device).split(32), numbers.to(cfg.device).split(32), strict=True)
+    batches = list(zip(ids.to(cfg.device).split(32), numbers.to(cfg.device).split(32), strict=True))
+    return tqdm(batches, desc=f"{cfg.stage}: {split}", unit="batch", disable=None)
 
 def add_by_document(sums, key, numbers, rows):
     """Add rows (B, columns) to sums[key] (documents, columns), in float64 and in place."""
@@ -1019,9 +1018,10 @@ def load_checkpoint(path, candidates, config):
             c.counted, c.step = stored["counted"], stored["step"]
 
 def arm_bytes(model, *, rates, batch):
-    """Bytes that training an arm at `rates` learning rates holds, and those that a step needs on top."""
+    """Bytes of training an arm at `rates` learning rates: weights and Adam's moments, held throughout;
+    gradients and the two largest temporaries, (B, F) each, needed on top in a step."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return rates * (4 * count_parameters(model) + 8 * trained), 4 * trained + 2 * 4 * batch * model.learner.F
+    return rates * 4 * count_parameters(model), rates * 8 * trained, 4 * trained, 8 * batch * model.learner.F
 
 def memory_budget(device):
     """Bytes to plan with: nine tenths of what is free on a GPU, half of this machine's memory for a CPU."""
@@ -1030,19 +1030,20 @@ def memory_budget(device):
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 def group_passes(costs, budget):
-    """Group arms, in order, so that each group fits: costs {arm: (held, extra) bytes} -> lists of arms."""
-    groups = [[]]
-    for name in costs:
-        held, extra = zip(*(costs[other] for other in (*groups[-1], name)), strict=True)
-        if groups[-1] and sum(held) + max(extra) > budget:
+    """Group arms, in order, so that each group fits into budget: costs {arm: arm_bytes} -> lists of arms."""
+    groups, held = [[]], 0
+    for name, (weights, moments, *_) in costs.items():
+        held += weights + moments
+        largest = max(sum(costs[other][2:]) for other in (*groups[-1], name))
+        if groups[-1] and held + largest > budget:
             groups.append([])
+            held = weights + moments
         groups[-1].append(name)
     return groups
 
 def train_pass(cfg, data, arms):
     """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
     Each arm's best candidate becomes ARM.safetensors."""
-    from tqdm import tqdm
     everyone = list(itertools.chain(*arms.values()))
     plan = chunk_plan(tokens=cfg.tokens, chunk=cfg.chunk, batch=cfg.batch, rows=data.rows)
     steps = cfg.chunk_epochs * sum(batches for _, batches in plan)
@@ -1222,12 +1223,10 @@ def load_arms(cfg, D):
 
 def measure_recon(cfg):
     """Errors of every arm on test documents: the contents of results/recon.json."""
-    from tqdm import tqdm
     data = open_data(cfg)
     models = load_arms(cfg, data.D)
     batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
-    bar = tqdm(batches, desc="recon", unit="batch", disable=None)
-    measured = evaluate(models, bar, std=data.standardiser.std)
+    measured = evaluate(models, batches, std=data.standardiser.std)
     cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
     return dict(tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
                 arms={name: arm_results(measured[name], cuts[name], model) for name, model in models.items()})
@@ -1282,11 +1281,10 @@ def epsilon_random(x, x_hat, generator):
 def measure_kl(cfg):
     """What each path of each arm costs the language model on test documents, as kl_results tells it.
     Summed by document are KL, KL², tokens, cross-entropy, and tokens that have a next one."""
-    from tqdm import tqdm
     data = open_data(cfg, whole=True)
     models, sums = load_arms(cfg, data.D), {}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    for tokens, numbers in tqdm(held_out_windows(cfg, data, "test", cfg.kl_tokens), desc="kl", disable=None):
+    for tokens, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
         read = []
 
         def keep(hidden, read=read):
@@ -1402,11 +1400,11 @@ def run_plan(cfg):
           f"{count_parameters(joint) / 1e6:.1f} M parameters, SAE {shares[0]}, linear {shares[1]}, nonlinear "
           f"{shares[2]}")
     costs = {name: arm_bytes(model, rates=len(cfg.lr), batch=cfg.batch) for name, model in arms.items()}
-    table(("arm", "M parameters", "MFLOP a token", "GB held", "GB in a step", "GB of checkpoint"), *(
+    table(("arm", "M parameters", "MFLOP a token", "GB: weights", "moments", "gradients", "two (B, F)"), *(
         (name, f"{count_parameters(model) / 1e6:.1f}", f"{step_flops(model, D) / 1e6:.1f}",
-         *(f"{size / 1e9:.2f}" for size in (*costs[name], costs[name][0]))) for name, model in arms.items()))
-    print(f"  held: weights, Adam's moments, at {len(cfg.lr)} rate(s); in a step: gradients, two (B, F)")
-    chunk, held = 4 * D * min(cfg.chunk, cfg.tokens), sum(held for held, _ in costs.values())
+         *(f"{size / 1e9:.2f}" for size in costs[name])) for name, model in arms.items()))
+    print(f"  at {len(cfg.lr)} learning rate(s); gradients and temporaries are one candidate's")
+    chunk, held = 4 * D * min(cfg.chunk, cfg.tokens), sum(sum(cost[:2]) for cost in costs.values())
     print(f"language model: {lm_parameters / 1e6:,.1f} M parameters, {lm_used / 1e6:,.1f} M of them in use, "
           f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB\n"
           f"disk: {held / 1e9:.2f} GB of checkpoints while training, "
@@ -1416,7 +1414,8 @@ def run_plan(cfg):
         budget -= bytes_each * lm_used + chunk
         misfits = [name for name in costs if sum(costs[name]) > budget]
         passes = " | ".join(" ".join(names) for names in group_passes(costs, budget))
-        print(f"{label}, {max(0, budget) / 1e9:.1f} GB are left for arms:", f"{' '.join(misfits)} won't fit: "
+        print(f"{label}: the language model takes {bytes_each * lm_used / 1e9:.2f} GB, which leaves "
+              f"{max(0, budget) / 1e9:.1f} GB for arms;", f"{' '.join(misfits)} won't fit: "
               "fewer --lr, a smaller --features or --batch" if misfits else f"they fit, in passes: {passes}")
 
 

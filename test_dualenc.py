@@ -653,6 +653,8 @@ def test_standardiser_matches_numpy_and_survives_a_constant_dimension(model, tex
 
 def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
     models = {name: arm(name).eval() for name in ("sae", "joint", "residual-sae")}
+    whole = torch.randint(-9, 9, (50, 6)).float()
+    whole = torch.cat([whole, -whole])  # numbers whose mean is exact
     x, numbers, std = (
         2 + normal(90, 6, dtype=torch.float32),
         torch.arange(90) // 20,
@@ -663,10 +665,18 @@ def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
     class Mean(torch.nn.Module):
         learner = models["sae"].sae
 
-        def forward(self, x_, counts=None):
-            return {"sae": x.mean(0).expand_as(x_)}
+        def __init__(self, mean):
+            super().__init__()
+            self.mean = mean
 
-    results = d.evaluate(models | {"mean": Mean()}, batches, std=std)
+        def forward(self, x_, counts=None):
+            return {"sae": self.mean.expand_as(x_)}
+
+    one = torch.zeros(100).long()
+    own = d.evaluate({"mean": Mean(whole.mean(0))}, [(whole, one)], std=std)["mean"]
+    assert own["fvu"]["full"] == own["fvu_raw"]["full"] == 1
+    assert own["mse"]["full"] == pytest.approx(whole.double().square().mean().item())
+    results = d.evaluate(models | {"mean": Mean(x.mean(0))}, batches, std=std)
     assert results["mean"]["fvu"]["full"] == pytest.approx(1, abs=1e-6)
     assert results["mean"]["fvu_raw"]["full"] == pytest.approx(1, abs=1e-6)
     parts = {name: value.detach().double().numpy() for name, value in models["joint"](x).items()}
@@ -1134,20 +1144,28 @@ def test_bytes_and_operations_against_a_count_by_hand():
     model = d.make_arm("joint", D=10, F=100, k=6, n=4, K=5)
     weights = 2 * 1000 + 100 + 10 + 1010 - 0 + 500 + 25 + 5 + 50 + 10
     assert d.count_parameters(model) == weights
-    assert d.arm_bytes(model, rates=2, batch=7) == (2 * 12 * weights, 4 * weights + 2 * 4 * 7 * 100)
+    assert d.arm_bytes(model, rates=2, batch=7) == (8 * weights, 16 * weights, 4 * weights, 2 * 4 * 7 * 100)
+    child = d.make_arm(
+        "sequential", D=10, F=100, k=6, n=4, K=5, parent=d.make_arm("sae", D=10, F=100, k=6, n=4, K=5)
+    )
+    frozen = 2 * 1000 + 100 + 10
+    assert d.arm_bytes(child, rates=1, batch=7)[:3] == (
+        4 * weights,
+        8 * (weights - frozen),
+        4 * (weights - frozen),
+    )
     assert d.step_flops(model, 10) == 2 * (1000 + 3 * (60 + 40 + 2 * 20 + 25 + 50))
 
 
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 20)), min_size=1, max_size=8),
-    budget=st.integers(1, 120),
+    sizes=st.lists(st.tuples(*4 * [st.integers(0, 20)]), min_size=1, max_size=8), budget=st.integers(1, 120)
 )
 def test_passes_fit_keep_the_order_and_are_not_split_without_need(sizes, budget):
     costs = {str(i): size for i, size in enumerate(sizes)}
     groups = d.group_passes(costs, budget)
 
     def need(group):
-        return sum(costs[name][0] for name in group) + max(costs[name][1] for name in group)
+        return sum(sum(costs[name][:2]) for name in group) + max(sum(costs[name][2:]) for name in group)
 
     assert sum(groups, []) == list(costs)
     assert all(len(group) == 1 or need(group) <= budget for group in groups)
