@@ -1002,8 +1002,11 @@ def save_checkpoint(path, candidates, config):
     state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
         dict(step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
              counted=c.counted) for c in candidates])
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                     # torch hides why a file could not be written
+            raise error.__context__ or error from None
 
 def load_checkpoint(path, candidates, config):
     """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged file."""
