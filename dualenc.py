@@ -110,7 +110,7 @@ class _TopKEncode(torch.autograd.Function):
         grad = grad * (values > 0)                        # ReLU passes nothing at or below 0
         grad_x = sparse_decode(grad, indices, W_enc) if ctx.needs_input_grad[0] else None
         grad_W = sparse_outer(grad, indices, x, len(W_enc)) if ctx.needs_input_grad[1] else None
-        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, indices.reshape(-1), grad.reshape(-1))
+        grad_b = sparse_outer(grad, indices, x.new_ones(len(x), 1), len(W_enc)).squeeze(1)
         return grad_x, grad_W, grad_b, None
 
 def topk_encode(x, W_enc, b_enc, k):
@@ -220,7 +220,7 @@ class NFM(torch.nn.Module):
 class DualEncoder(torch.nn.Module):
     """x_hat = x_sae + x_lin + x_int: a TopKSAE and, on its code, an NFM. Every arm is one of these.
     Without nfm it is the plain SAE; with `second`, a TopKSAE that reads the first one's residual, the paper's
-    control for its sequential NFM. `learner` is the SAE whose features training moves."""
+    control for its sequential NFM. `learner` is the SAE whose features are counted: the second, if any."""
 
     def __init__(self, sae, nfm=None, second=None):
         super().__init__()
@@ -230,7 +230,7 @@ class DualEncoder(torch.nn.Module):
 
     @property
     def learner(self):
-        """The TopKSAE whose features training moves."""
+        """The TopKSAE whose features are counted."""
         return self.second or self.sae
 
     def forward(self, x, generator=None, counts=None):
@@ -426,17 +426,17 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "n": (int, "plan train", "how many of the k the NFM reads (paper: 512)"),
     "embedding": (int, "plan train", "K, embedding width of the NFM (paper: 300)"),
     "top": (int, "plan train", "features that sequential and residual-sae read (paper: 250)"),
-    "dropout": (float, "train", "probability, on z (published code: 0.15)"),
+    "dropout": (float, "plan train", "probability, on z (published code: 0.15)"),
     "window": (int, "plan train recon kl", "T, tokens in a window (paper: 50)"),
     "batch": (int, "plan train", "B, tokens in a batch (paper: 3200)"),
     "lr": (float, "plan train", "learning rates; each arm keeps its best on validation (paper: 1e-4)"),
     "decay": (float, "train", "share of the steps (above 1: steps) over which lr falls to a tenth"),
-    "tokens": (int, "plan train", "tokens to train on, each once (paper: 5,000,000)"),
+    "tokens": (int, "plan train", "tokens to train on; a shorter text is read again (paper: 5,000,000)"),
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
     "eval_tokens": (int, "train recon", "tokens of the test split; a quarter as many choose the rate"),
     "kl_tokens": (int, "kl", "tokens of the test split to splice"),
-    "param_dtype": (str, "train", "of the weights: float32, or float16 as in the published code"),
+    "param_dtype": (str, "plan train", "of the weights: float32, or float16 as in the published code"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
     "keep_first": (bool, "train recon kl", "keep each window's first position, an attention sink"),
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
@@ -685,8 +685,8 @@ def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
         for number, ids in shuffled(in_order, max(1, buffer // T), random.Random(f"{seed}/{split}/{epoch}")):
             yield epoch, number, ids
         if number is None:
-            raise UserError(f"{source}: no document of the {split} split has {T} tokens; lower --window or "
-                            f"give more documents (a tenth of them is for validation, a tenth for test)")
+            raise UserError(f"{source}: no document of the {split} split has {T} tokens; give longer or "
+                            f"more documents (a tenth validates, a tenth tests), or lower --window")
 
 def take_windows(stream, count):
     """The next windows of a stream: (epoch of the last, documents' numbers (count,), ids (count, T))."""
@@ -720,6 +720,8 @@ def run_lm(cfg):
     logging.disable_progress_bar()
     if cfg.model != "tiny" or (cfg.run / "lm").exists():
         return print(f"lm: nothing to train, the model is {cfg.model}")
+    if cfg.lm_steps < 1:
+        raise UserError(f"--lm-steps must be at least 1, not {cfg.lm_steps}")
     source = text_source(cfg)
     tokenizer = train_tokenizer((text for text in documents(source) if split_of(text) == "train"), 4096)
     torch.manual_seed(cfg.seed)
@@ -729,6 +731,7 @@ def run_lm(cfg):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.lm_steps, pct_start=0.1)
     def nats(tokens):
         return lm(input_ids=tokens.to(cfg.device), labels=tokens.to(cfg.device), use_cache=False).loss
+    held_out_ids = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=0), 256)[2]
     stream = window_stream(source, tokenizer, T=127, split="train", seed=cfg.seed)
     for _ in (bar := tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None)):
         loss = nats(take_windows(stream, 16)[2])
@@ -738,9 +741,8 @@ def run_lm(cfg):
         optimizer.step()
         schedule.step()
         bar.set_postfix(nats=f"{loss.item():.2f}", refresh=False)
-    stream = window_stream(source, tokenizer, T=127, split="validation", seed=cfg.seed)
     with torch.no_grad():
-        loss = float(np.mean([nats(tokens).item() for tokens in take_windows(stream, 256)[2].split(32)]))
+        loss = float(np.mean([nats(tokens).item() for tokens in held_out_ids.split(32)]))
     claim_run(cfg)
     with replacing(cfg.run / "lm") as temporary:
         lm.save_pretrained(temporary)
@@ -790,17 +792,21 @@ def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=
                 if step >= start:
                     yield step, text_epoch, standardiser.encode(x[picked])
                 step += 1
+        x = None                                          # before the next chunk is made
 
 def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
     """Mean and std per dimension over at least `tokens` activations: (Standardiser, facts about them).
     A dimension that never varies gets std 1, and is counted. Raises UserError on non-finite values."""
     count, total, squares, norms = 0, 0, 0, []
+    bar = tqdm(total=tokens, desc="standardiser", unit="token", disable=None)
     while count < tokens:
         raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip).double()
         if not raw.isfinite().all():
             raise UserError(f"the language model gives non-finite activations at layer {layer}")
         count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         norms.append(raw.norm(dim=1))
+        bar.update(len(raw))
+    bar.close()
     mean, norms = total / count, torch.cat(norms)
     variance = squares / count - mean.square()
     constant = variance <= 1e-12 * squares / count
@@ -818,8 +824,10 @@ def open_data(cfg, *, whole=False):
     source, skip = text_source(cfg), 0 if cfg.keep_first else 1
     def stream(split):
         return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed)
-    path = cfg.run / "standardiser.safetensors"
+    path, D = cfg.run / "standardiser.safetensors", lm.config.get_text_config().hidden_size
     if not path.exists():
+        for split in ("validation", "test"):              # better refused now than after the training
+            next(window_stream(source, tokenizer, T=cfg.window, split=split, seed=0, buffer=1))
         standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
         with replacing(path) as temporary:
             save_file(standardiser.state_dict(), temporary)
@@ -828,7 +836,9 @@ def open_data(cfg, *, whole=False):
     claim_run(cfg)
     with blame(f"{path} is damaged"):
         standardiser = Standardiser(**load_file(path, device=cfg.device))
-    return types.SimpleNamespace(lm=lm, D=lm.config.get_text_config().hidden_size, stream=stream, skip=skip,
+    if len(standardiser.mean) != D:
+        raise UserError(f"{path} has D={len(standardiser.mean)}, the model has D={D}")
+    return types.SimpleNamespace(lm=lm, D=D, stream=stream, skip=skip,
                                  rows=cfg.window + (tokenizer.bos_token_id is not None) - skip,
                                  standardiser=standardiser)
 
@@ -850,8 +860,10 @@ def path_sums(parts):
     return own | (added if len(added) > 1 else {}) | {"full": sum(parts.values())}
 
 def held_out_windows(cfg, data, split, tokens):
-    """Windows of a held-out split, 32 at a time: an iterator of (ids (32, T), documents' numbers (32,))."""
-    _, numbers, ids = take_windows(data.stream(split), math.ceil(tokens / data.rows))
+    """Windows of a held-out split, 32 at a time: an iterator of (ids (32, T), documents' numbers (32,)).
+    None comes twice, so that a small split gives fewer tokens."""
+    once = itertools.takewhile(lambda window: window[0] == 0, data.stream(split))
+    _, numbers, ids = take_windows(once, math.ceil(tokens / data.rows))
     numbers = numbers.unique(return_inverse=True)[1]
     batches = list(zip(ids.to(cfg.device).split(32), numbers.to(cfg.device).split(32), strict=True))
     return tqdm(batches, desc=f"{cfg.stage}: {split}", unit="batch", disable=None)
@@ -959,19 +971,19 @@ def training_step(model, optimizer, x, *, generator=None, counts=None):
     generator draws the dropout mask; counts as in DualEncoder.forward. Raises FloatingPointError, before any
     weight has changed, if loss or gradient is not finite."""
     loss = (sum(model(x, generator, counts).values()) - x).square().mean()
-    optimizer.zero_grad()
     loss.backward()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if not torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite():
+    if not (torch.nn.utils.clip_grad_norm_(weights, 1.0) + loss.detach()).isfinite():
         raise FloatingPointError("loss or gradient is not finite")
     optimizer.step()
+    optimizer.zero_grad()                                 # no candidate's gradients outlive its step
     return loss.detach()
 
 def train_candidates(candidates, batches, *, steps, batch, seed=0, decay=0.8, dropout=0.0):
     """The loop: every candidate takes every batch (step, epoch, x) that it has not had yet.
-    A generator of epochs: it pauses about fifty times a run, for its caller to log and to save.
+    A generator of epochs: it pauses fifty times a run or more, for its caller to log and to save.
     Raises UserError, naming arm and step, where training_step finds a value that is not finite."""
-    every = max(1, steps // 50)
+    every = max(1, min(steps // 50, 500))
     counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # a feature is dead if none kept it
     for step, epoch, x in batches:
         for c in candidates:
@@ -988,8 +1000,8 @@ def train_candidates(candidates, batches, *, steps, batch, seed=0, decay=0.8, dr
                 c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype),
                                               generator=generator, counts=c.counts if counting else None))
             except FloatingPointError as error:
-                raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step}; lower --lr (the "
-                                f"last checkpoint is kept)") from error
+                raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
+                                f"checkpoint is kept); lower --lr in another --run") from error
             c.counted += len(x) * counting
             c.step = step + 1
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -1020,29 +1032,53 @@ def load_checkpoint(path, candidates, config):
             c.counts.copy_(stored["counts"])
             c.counted, c.step = stored["counted"], stored["step"]
 
-def arm_bytes(model, *, rates, batch):
-    """Bytes of training an arm at `rates` learning rates: weights and Adam's moments, held throughout;
-    gradients and the two largest temporaries, (B, F) each, needed on top in a step."""
+def sizes_of(cfg, D):
+    """make_arm's sizes, from a configuration."""
+    return dict(D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top, dropout=cfg.dropout)
+
+def meta_arms(cfg, names, D):
+    """Arms on torch's meta device, which holds no data: {name: module}. Raises UserError for a bad name."""
+    with torch.device("meta"):
+        parent = DualEncoder(TopKSAE(D, cfg.features, cfg.k))
+        return {name: make_arm(name, parent=parent, **sizes_of(cfg, D)) for name in names}
+
+def arm_bytes(model, cfg):
+    """Bytes of training an arm at all rates: weights and Adam's moments, held throughout; gradients and the
+    two largest temporaries, (B, F) each, needed on top in a step."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return rates * 4 * count_parameters(model), rates * 8 * trained, 4 * trained, 8 * batch * model.learner.F
+    rates, size = len(cfg.lr), getattr(torch, cfg.param_dtype).itemsize
+    return tuple(size * number for number in (
+        rates * count_parameters(model), rates * 2 * trained, trained, 2 * cfg.batch * model.learner.F))
 
 def memory_budget(device):
     """Bytes to plan with: nine tenths of what is free on a GPU, half of this machine's memory for a CPU."""
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()
         return 0.9 * torch.cuda.mem_get_info(device)[0]
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 def group_passes(costs, budget):
-    """Group arms, in order, so that each group fits into budget: costs {arm: arm_bytes} -> lists of arms."""
-    groups, held = [[]], 0
-    for name, (weights, moments, *_) in costs.items():
-        held += weights + moments
-        largest = max(sum(costs[other][2:]) for other in (*groups[-1], name))
-        if groups[-1] and held + largest > budget:
-            groups.append([])
-            held = weights + moments
-        groups[-1].append(name)
+    """Group arms so that each group fits, children after parents: costs {arm: arm_bytes} -> lists of arms."""
+    groups = []
+    for generation in (set(costs) - set(CHILDREN), set(costs) & set(CHILDREN)):
+        group = []
+        for name in filter(generation.__contains__, costs):
+            together = [costs[other] for other in (*group, name)]
+            if group and sum(sum(c[:2]) for c in together) + max(sum(c[2:]) for c in together) > budget:
+                groups.append(group)
+                group = []
+            group.append(name)
+        groups += [group] if group else []
     return groups
+
+def load_arm_of(cfg, name, D):
+    """A trained arm of the run, on its device. Raises UserError for one that does not fit the run."""
+    model = load_arm(cfg.run / f"{name}.safetensors").to(cfg.device)
+    if model.config["D"] != D:
+        raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the model has D={D}")
+    if model.config["run"] != fields_of(cfg, "train"):
+        raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration")
+    return model
 
 def train_pass(cfg, data, arms):
     """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
@@ -1082,8 +1118,7 @@ def train_pass(cfg, data, arms):
         errors = {c.lr: validated[name, c.lr]["mse"]["full"] for c in candidates}
         best = min(candidates, key=lambda c: errors[c.lr])
         save_arm(cfg.run / f"{name}.safetensors", best.model, data.standardiser, dict(
-            arm=name, D=data.D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top,
-            dropout=cfg.dropout, steps=steps, lr=best.lr,
+            sizes_of(cfg, data.D), arm=name, steps=steps, lr=best.lr,
             validation_mse={f"{lr:g}": mse for lr, mse in errors.items()},
             dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted,
             run=fields_of(cfg, "train")))
@@ -1092,10 +1127,7 @@ def train_pass(cfg, data, arms):
 
 def run_train(cfg):
     """Stage `train`: train the arms named that are not there yet, in as few passes as memory allows."""
-    sizes = dict(F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding)
-    with torch.device("meta"):                            # a name that cannot be is refused before any work
-        for name in cfg.arms:
-            make_arm(name, D=1, **sizes, parent=DualEncoder(TopKSAE(1, cfg.features, cfg.k)))
+    meta_arms(cfg, cfg.arms, D=1)                         # a name that cannot be is refused before any work
     wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
     if not wanted:
         return print(f"train: all there: {' '.join(cfg.arms)}")
@@ -1103,19 +1135,17 @@ def run_train(cfg):
     if children and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
         raise UserError(f"arm {children[0]} is built on a trained `sae`: train that first")
     data = open_data(cfg)
-    for generation in ([name for name in wanted if name not in children], children):
-        def build(name, generation=generation):
-            parent = load_arm(cfg.run / "sae.safetensors") if generation is children else None
-            torch.manual_seed(cfg.seed)                   # one draw for all arms and rates
-            return make_arm(name, D=data.D, **sizes, parent=parent, top=cfg.top, dropout=cfg.dropout)
 
-        def candidate(name, lr, build=build):
-            model = build(name).to(cfg.device, getattr(torch, cfg.param_dtype)).train()
-            return Candidate(name, lr, model, make_optimizer(model, lr=lr, eps=cfg.adam_eps),
-                             torch.zeros(model.learner.F, device=cfg.device))
-        costs = {name: arm_bytes(build(name), rates=len(cfg.lr), batch=cfg.batch) for name in generation}
-        for names in filter(None, group_passes(costs, memory_budget(cfg.device))):
-            train_pass(cfg, data, {name: [candidate(name, lr) for lr in cfg.lr] for name in names})
+    def candidate(name, lr):
+        parent = load_arm_of(cfg, "sae", data.D) if name in CHILDREN else None
+        torch.manual_seed(cfg.seed)                       # one draw for all arms and rates
+        model = make_arm(name, parent=parent, **sizes_of(cfg, data.D))
+        model = model.to(cfg.device, getattr(torch, cfg.param_dtype))
+        return Candidate(name, lr, model.train(), make_optimizer(model, lr=lr, eps=cfg.adam_eps),
+                         torch.zeros(model.learner.F, device=cfg.device))
+    costs = {name: arm_bytes(model, cfg) for name, model in meta_arms(cfg, wanted, D=data.D).items()}
+    for names in group_passes(costs, memory_budget(cfg.device)):
+        train_pass(cfg, data, {name: [candidate(name, lr) for lr in cfg.lr] for name in names})
 
 
 # ------------------------------------------------------------------------------------------ reconstruction
@@ -1202,6 +1232,8 @@ def arm_results(own, gain, model):
                   improvement={label: value[0] for label, value in gain["full"].items()})
     if "sae" in own["mse"]:
         entry |= dict(fvu_by_path=own["fvu"], mse_by_path=own["mse"], magnitude=own["magnitude"])
+    if len(own["magnitude"]) == 2:                        # the full path is the SAE and its one addition
+        entry["fvu_by_path"][f"sae+{[*own['magnitude']][1]}"] = own["fvu"]["full"]
     if "sae+interaction" in own["mse"]:
         linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
         first = [gain[path]["published"][0] for path in ("sae+linear", "sae+interaction", "full")]
@@ -1214,15 +1246,9 @@ def load_arms(cfg, D):
     order = list(ARMS)
     names = sorted((path.stem for path in cfg.run.glob("*.safetensors") if path.stem != "standardiser"),
                    key=lambda name: (order.index(name.partition("@")[0]), name))
-    models = {name: load_arm(cfg.run / f"{name}.safetensors").to(cfg.device) for name in names}
-    for name, model in models.items():
-        if model.config["D"] != D:
-            raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the model has D={D}")
-        if model.config["run"] != fields_of(cfg, "train"):
-            raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration")
-    if "sae" not in models:
+    if "sae" not in names:
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
-    return models
+    return {name: load_arm_of(cfg, name, D) for name in names}
 
 def measure_recon(cfg):
     """Errors of every arm on test documents: the contents of results/recon.json."""
@@ -1237,7 +1263,7 @@ def measure_recon(cfg):
 def run_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
     results = stage_results(cfg, lambda: measure_recon(cfg))
-    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "full")
+    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
     print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents, "
           f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
     table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
@@ -1271,7 +1297,8 @@ def kl_divergence(logits_p, logits_q):
     """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…).
     A few rows at a time, so that no third tensor of that size is made."""
     parts = []
-    for p, q in zip(logits_p.flatten(0, -2).split(256), logits_q.flatten(0, -2).split(256), strict=True):
+    rows_p, rows_q = (logits.reshape(-1, logits.shape[-1]).split(256) for logits in (logits_p, logits_q))
+    for p, q in zip(rows_p, rows_q, strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts).view(logits_p.shape[:-1])
@@ -1365,7 +1392,7 @@ def run_kl(cfg):
 # data.
 
 def lm_shape(cfg):
-    """(parameters, parameters of a block, D) of the run's language model, from its configuration alone."""
+    """(parameters, those in use, those that run before the layer, D) of the run's language model."""
     from transformers import AutoConfig, AutoModelForCausalLM
     known = LM_CONFIGS.get(cfg.model)
     if known is None and not pathlib.Path(cfg.model).is_dir():
@@ -1379,47 +1406,50 @@ def lm_shape(cfg):
     return count_parameters(lm), used, run, lm.config.get_text_config().hidden_size
 
 def step_flops(model, D):
-    """Operations of one training step, a token: the encoder's product, and thrice the sparse rest."""
-    sae, nfm = model.learner, model.nfm
-    sparse = sae.k * D
-    if nfm:
-        K = nfm.V.shape[1] if nfm.pooling else 0
-        sparse += nfm.n * D * nfm.has_linear + 2 * nfm.n * K + K * K + K * D
-    frozen = D * model.sae.F + model.sae.k * D if model.second else 0
-    return 2 * (D * sae.F + 3 * sparse + frozen)
+    """Operations of one training step, a token: two for each multiply-add of the products and gradients."""
+    def sae_products(sae):
+        return D * sae.F + (4 if sae.W_dec.requires_grad else 1) * sae.k * D
+    sae, nfm = model.sae, model.nfm
+    products = sae_products(sae) + (sae_products(model.second) if model.second else 0)
+    if nfm and nfm.has_linear:
+        products += 3 * nfm.n * D
+    if nfm and nfm.pooling:
+        K = nfm.V.shape[1]
+        products += 3 * ((2 if nfm.pooling == "product" else 1) * nfm.n * K + K * K + K * D)
+    return 2 * products
 
 def run_plan(cfg):
     """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits."""
     lm_parameters, lm_used, lm_run, D = lm_shape(cfg)
-    sizes = dict(D=D, F=cfg.features, k=cfg.k, n=cfg.n, K=cfg.embedding, top=cfg.top)
-    with torch.device("meta"):
-        parent = DualEncoder(TopKSAE(D, cfg.features, cfg.k))
-        joint = make_arm("joint", **sizes)
-        arms = {name: make_arm(name, parent=parent, **sizes) for name in cfg.arms}
+    arms = meta_arms(cfg, ("joint", *cfg.arms), D)
+    joint, whole = arms["joint"], count_parameters(arms["joint"])
     linear = joint.nfm.W_lin.numel() + joint.nfm.b_lin.numel()
-    shares = [percent(part / count_parameters(joint)) for part in (
-        count_parameters(joint.sae), linear, count_parameters(joint.nfm) - linear)]
+    parts = dict(SAE=count_parameters(joint.sae), linear=linear)
+    parts["nonlinear"] = whole - sum(parts.values())
     print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}\njoint: "
-          f"{count_parameters(joint) / 1e6:.1f} M parameters, SAE {shares[0]}, linear {shares[1]}, nonlinear "
-          f"{shares[2]}")
-    costs = {name: arm_bytes(model, rates=len(cfg.lr), batch=cfg.batch) for name, model in arms.items()}
+          f"{whole / 1e6:.1f} M parameters:", ", ".join(
+              f"{part} {number / 1e6:.1f} M ({percent(number / whole)})" for part, number in parts.items()))
+    costs = {name: arm_bytes(arms[name], cfg) for name in cfg.arms}
     table(("arm", "M parameters", "MFLOP a token", "GB: weights", "moments", "gradients", "two (B, F)"), *(
-        (name, f"{count_parameters(model) / 1e6:.1f}", f"{step_flops(model, D) / 1e6:.1f}",
-         *(f"{size / 1e9:.2f}" for size in costs[name])) for name, model in arms.items()))
+        (name, f"{count_parameters(arms[name]) / 1e6:.1f}", f"{step_flops(arms[name], D) / 1e6:.1f}",
+         *(f"{size / 1e9:.2f}" for size in cost)) for name, cost in costs.items()))
     print(f"  at {len(cfg.lr)} learning rate(s); gradients and temporaries are one candidate's")
-    chunk, held = 4 * D * min(cfg.chunk, cfg.tokens), sum(sum(cost[:2]) for cost in costs.values())
+    chunk = 4 * D * min(cfg.chunk, cfg.tokens)
     print(f"language model: {lm_parameters / 1e6:,.1f} M parameters, {lm_used / 1e6:,.1f} M of them in use, "
           f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB\n"
-          f"disk: {held / 1e9:.2f} GB of checkpoints while training, "
-          f"{sum(4 * count_parameters(model) for model in arms.values()) / 1e9:.2f} GB of arms at the end")
-    here = (f"here, on {cfg.device}", 4 if cfg.device == "cpu" else 2, memory_budget(cfg.device))
-    for label, bytes_each, budget in (here, ("on a GPU of 24 GB", 2, 0.9 * 24e9)):
-        budget -= bytes_each * lm_used + chunk
-        misfits = [name for name in costs if sum(costs[name]) > budget]
-        passes = " | ".join(" ".join(names) for names in group_passes(costs, budget))
-        print(f"{label}: the language model takes {bytes_each * lm_used / 1e9:.2f} GB, which leaves "
-              f"{max(0, budget) / 1e9:.1f} GB for arms;", f"{' '.join(misfits)} won't fit: "
-              "fewer --lr, a smaller --features or --batch" if misfits else f"they fit, in passes: {passes}")
+          f"disk: {sum(4 * count_parameters(arms[name]) for name in costs) / 1e9:.2f} GB of arms at the end")
+    cpu = cfg.device == "cpu"
+    for label, size, budget in ((f"here, on {cfg.device}", 4 if cpu else 2, memory_budget(cfg.device)),
+                                ("on a GPU of 24 GB", 2, 0.9 * 24e9 - 2 * lm_used)):
+        passes = group_passes(costs, budget - chunk)
+        misfits = [name for name in costs if sum(costs[name]) > budget - chunk]
+        disk = max(sum(sum(costs[name][:2]) for name in names) + max(sum(costs[name][:2]) for name in names)
+                   for names in passes)
+        verdict = "passes: " + " | ".join(map(" ".join, passes))
+        if misfits:
+            verdict = f"{' '.join(misfits)} won't fit: fewer --lr, a smaller --features or --batch"
+        print(f"{label}: language model {size * lm_used / 1e9:.2f} GB, {max(0, budget) / 1e9:.1f} GB for the "
+              f"rest, checkpoints {disk / 1e9:.2f} GB on disk; {verdict}")
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -1461,8 +1491,8 @@ def main(argv=None):
         STAGES[args.stage](resolve(args))
         return 0
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        message = f"out of GPU memory: lower --batch, --features or the number of --lr ({reason})"
+        message = (f"out of GPU memory: lower --batch, --features or the number of --lr, in another --run "
+                   f"({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("dualenc: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

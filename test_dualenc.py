@@ -52,6 +52,7 @@ SMALL = [
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
 seeds = st.integers(0, 2**31)
+DEVICE = os.environ.get("DUALENC_DEVICE", "cpu")
 
 
 def random_code(B, F, k, seed=0, dtype=torch.float64):
@@ -821,8 +822,8 @@ def test_kl_results_against_numpy():
 
 
 def stage(name, run, *flags):
-    """Run a stage as a user would; the exit status."""
-    return d.main([name, "--run", str(run), *map(str, flags)])
+    """Run a stage as a user would; the exit status. DUALENC_DEVICE=cuda runs them all on a GPU."""
+    return d.main([name, "--run", str(run), "--device", DEVICE, *map(str, flags)])
 
 
 ARMS = ["sae", "sae-2dec", "joint", "joint-interaction", "sae@matched", "sequential", "residual-sae"]
@@ -984,7 +985,19 @@ def test_interrupted_runs_end_with_the_same_weights_also_from_different_steps(
 
 def test_kill_nine_and_resume(trained, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, str(SOURCE), "train", "joint", "sae", "--run", str(run), "--save-minutes", "0"]
+    command = [
+        sys.executable,
+        str(SOURCE),
+        "train",
+        "joint",
+        "sae",
+        "--run",
+        str(run),
+        "--save-minutes",
+        "0",
+        "--device",
+        DEVICE,
+    ]
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint*", "sae*", "results", "train.jsonl"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
@@ -1011,7 +1024,7 @@ def test_a_loss_that_is_not_finite_stops_with_arm_and_step_and_keeps_the_checkpo
 
     monkeypatch.setattr(d, "training_step", step)
     assert stage("train", run, "joint", "--save-minutes", 0) == 2
-    assert "arm joint at lr 0.003: the loss or gradient is not finite at step 30;" in capsys.readouterr().err
+    assert "arm joint at lr 0.003: the loss or gradient is not finite at step 30 (" in capsys.readouterr().err
     state = torch.load(run / "joint.ckpt", weights_only=True)
     assert state["candidates"][0]["step"] == 30
     assert all(t.isfinite().all() for t in state["candidates"][0]["model"].values())
@@ -1130,7 +1143,10 @@ def test_first_position_can_be_kept(trained, model, text, tmp_path):
 def test_plan_of_the_papers_size_counts_as_the_paper_does(capsys, tmp_path):
     assert stage("plan", tmp_path / "run", "--preset", "paper") == 0
     out = capsys.readouterr().out
-    assert "joint: 496.1 M parameters, SAE 64.5 %, linear 32.3 %, nonlinear 3.2 %" in out
+    assert (
+        "joint: 496.1 M parameters: SAE 320.1 M (64.5 %), linear 160.0 M (32.3 %), nonlinear 16.1 M (3.2 %)"
+        in out
+    )
     assert "3,426.5 M parameters" in out and "on a GPU of 24 GB" in out and not (tmp_path / "run").exists()
     D, F, K = 3200, 50_000, 300
     assert D * F * 3 + F * K + K * K + K * D + F + 3 * D + K == pytest.approx(496.1e6, abs=5e4)
@@ -1147,17 +1163,18 @@ def test_bytes_and_operations_against_a_count_by_hand():
     model = d.make_arm("joint", D=10, F=100, k=6, n=4, K=5)
     weights = 2 * 1000 + 100 + 10 + 1010 - 0 + 500 + 25 + 5 + 50 + 10
     assert d.count_parameters(model) == weights
-    assert d.arm_bytes(model, rates=2, batch=7) == (8 * weights, 16 * weights, 4 * weights, 2 * 4 * 7 * 100)
+    cfg = types.SimpleNamespace(lr=[1e-3, 2e-3], batch=7, param_dtype="float32")
+    assert d.arm_bytes(model, cfg) == (8 * weights, 16 * weights, 4 * weights, 2 * 4 * 7 * 100)
+    cfg.param_dtype = "float16"
+    assert d.arm_bytes(model, cfg) == (4 * weights, 8 * weights, 2 * weights, 2 * 2 * 7 * 100)
+    cfg.lr = [1e-3]
     child = d.make_arm(
         "sequential", D=10, F=100, k=6, n=4, K=5, parent=d.make_arm("sae", D=10, F=100, k=6, n=4, K=5)
     )
-    frozen = 2 * 1000 + 100 + 10
-    assert d.arm_bytes(child, rates=1, batch=7)[:3] == (
-        4 * weights,
-        8 * (weights - frozen),
-        4 * (weights - frozen),
-    )
-    assert d.step_flops(model, 10) == 2 * (1000 + 3 * (60 + 40 + 2 * 20 + 25 + 50))
+    trained = weights - (2 * 1000 + 100 + 10)
+    assert d.arm_bytes(child, cfg)[:3] == (2 * weights, 4 * trained, 2 * trained)
+    assert d.step_flops(child, 10) == 2 * (1000 + 40 + 3 * (40 + 2 * 20 + 25 + 50))
+    assert d.step_flops(model, 10) == 2 * (1000 + 4 * 60 + 3 * (40 + 2 * 20 + 25 + 50))
 
 
 @given(
@@ -1232,14 +1249,14 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         (["train", *base, "--dropout", 1.5], "--dropout must lie in"),
         (["train", *base, "--param-dtype", "int8"], "--param-dtype is float32 or float16"),
         (["train", *base, "--window", 1], "--window must be at least 2"),
-        (["train", *base, "--window", 5000], "has 5000 tokens; lower --window"),
+        (["train", *base, "--window", 5000], "has 5000 tokens; give longer"),
         (["train", *base, "--device", "abacus"], "cannot use the device 'abacus'"),
         (["train", *base, "--model", tmp_path / "none"], "cannot load the language model"),
         (["train", *base, "--model", tmp_path / "nonsense"], "cannot load the language model"),
         (["train", *base, "--text", tmp_path / "none.txt"], "there is no text file"),
         (["train", *base, "--text", "nothing"], "is not docstrings"),
-        (["train", *base, "--text", tmp_path / "empty.txt"], "no document of the train split"),
-        (["train", *base, "--text", tmp_path / "blank.txt"], "no document of the train split"),
+        (["train", *base, "--text", tmp_path / "empty.txt"], "no document of the validation split"),
+        (["train", *base, "--text", tmp_path / "blank.txt"], "no document of the validation split"),
         (["train", *base, "--text", tmp_path / "short.txt"], "has 8 tokens"),
         (["train", *base, "--text", tmp_path / "latin.txt"], "cannot read the text"),
         (["train", *base, "--text", tmp_path / "column.jsonl"], "no string called 'text', only words"),
