@@ -323,7 +323,8 @@ def blame(what):
     except Exception as error:                            # foreign files and networks fail in many ways
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
-        raise UserError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{what}: {reason.splitlines()[0][:300]}") from error
 
 @contextlib.contextmanager
 def replacing(path):
@@ -375,7 +376,8 @@ class Standardiser(torch.nn.Module):
 
 def save_arm(path, model, standardiser, config):
     """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()
+               if not name.startswith("standardiser.")}   # a loaded arm carries one
     tensors |= {f"standardiser.{name}": tensor for name, tensor in standardiser.state_dict().items()}
     with replacing(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,

@@ -340,6 +340,22 @@ def test_training_step_is_adam_on_the_clipped_gradient_of_the_mean_squared_error
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_leaves_no_gradient_behind_and_changes_nothing_where_a_value_is_not_finite():
+    model, x = arm("joint"), normal(8, 6, dtype=torch.float32)
+    optimizer = d.make_optimizer(model, lr=0.1)
+    d.training_step(model, optimizer, x)
+    assert all(p.grad is None for p in model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    for bad in (math.nan, math.inf, 1e30):  # the square of the last overflows
+        with pytest.raises(FloatingPointError, match="not finite"):
+            d.training_step(model, optimizer, x * bad)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        optimizer.zero_grad()
+    half = arm("sae").half()  # in fp16 a loss overflows before its gradient does
+    with pytest.raises(FloatingPointError, match="not finite"):
+        d.training_step(half, d.make_optimizer(half, lr=0.1, eps=1e-5), torch.full((1, 6), 300.0).half())
+
+
 def test_learning_rate_falls_to_a_tenth_over_its_span():
     assert [round(d.learning_rate(1, s, 100), 6) for s in (0, 40, 80, 99)] == [1, 0.55, 0.1, 0.1]
     assert round(d.learning_rate(1, 5, 1000, decay=10), 6) == 0.55
@@ -1126,6 +1142,37 @@ def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, text, capsys):
     assert stage("train", tmp_path / "run", "sae", *SMALL) == 0  # other fields are still free
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lm_steps"] == 3
     assert stage("recon", tmp_path / "run") == 0
+
+
+def test_held_out_windows_come_once_however_many_are_asked_for(trained):
+    cfg = d.resolve(d.parser().parse_args(["recon", "--run", str(trained), "--device", DEVICE]))
+    data = d.open_data(cfg)
+    batches = list(d.held_out_windows(cfg, data, "test", 10**6))
+    ids = torch.cat([ids for ids, _ in batches])
+    assert len({tuple(row.tolist()) for row in ids}) == len(ids) and len(ids) * 8 < 10**6
+    documents = torch.cat([numbers for _, numbers in batches])
+    assert sorted(set(documents.tolist())) == list(range(int(documents.max()) + 1))
+    few = torch.cat([ids for ids, _ in d.held_out_windows(cfg, data, "test", 80)])
+    assert torch.equal(few, ids[:10])
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_start(
+    trained, model, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(d, "training_step", None)  # no step may be taken
+    one_split = [line for line in text.read_text().splitlines() if d.split_of(line) != "test"]
+    (tmp_path / "no_test.txt").write_text("\n".join(one_split))
+    flags = ["--model", model, "--text", tmp_path / "no_test.txt", "--layer", 1, *SMALL]
+    assert stage("train", tmp_path / "run", "sae", *flags) == 2
+    assert "no document of the test split has 8 tokens" in capsys.readouterr().err
+    assert stage("lm", tmp_path / "run", "--text", text, "--lm-steps", 0) == 2
+    assert "--lm-steps must be at least 1" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    other = tmp_path / "other"
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("seq*", "results"))
+    stranger = d.load_arm(trained / "sae.safetensors")
+    d.save_arm(other / "sae.safetensors", stranger, stranger.standardiser, stranger.config | {"run": {}})
+    assert stage("train", other, "sequential") == 2
+    assert "sae.safetensors was trained with another configuration" in capsys.readouterr().err
 
 
 def test_first_position_can_be_kept(trained, model, text, tmp_path):
