@@ -34,6 +34,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import itertools
 import json
@@ -268,15 +270,15 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as
     make its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied,
     frozen, cut to its `top` largest features (default n). UserError for a bad name or a missing parent."""
-    base, _, size = name.partition("@")
-    if base not in ARMS or (size and base in CHILDREN):
+    base, at, size = name.partition("@")
+    if base not in ARMS or (at and base in CHILDREN) or (at and not size):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two "
                         f"also take a size: sae@12000, sae@0.5x, sae@matched")
     if size == "matched" and base == "sae":
         with torch.device("meta"):
             joint = count_parameters(DualEncoder(TopKSAE(D, F, k), NFM(F, D, K, n)))
         F = round((joint - D) / (2 * D + 1))              # an SAE holds F·(2D + 1) + D weights
-    elif re.fullmatch(r"\d+|\d*\.?\d+x", size):
+    elif re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+x", size):
         F = round(float(size[:-1]) * F) if size[-1] == "x" else int(size)
     elif size:
         raise UserError(f"arm {name!r}: a size is a number of features, a multiple (0.5x), or sae@matched")
@@ -338,9 +340,8 @@ def replacing(path):
             yield temporary
             os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 def write_json(path, data):
     """Write data as JSON, atomically."""
@@ -354,9 +355,9 @@ def read_json(path):
 
 def read_log(path):
     """Entries of a file of JSON lines, but for a last line that a crash cut short; none of a missing file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     with blame(f"{path} is damaged"):
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.strip() and line.endswith("\n")]
 
 class Standardiser(torch.nn.Module):
     """One mean and one standard deviation per dimension, (D,), fixed for a run."""
@@ -411,7 +412,7 @@ PRESETS = {"paper": dict(
     lr=[1e-4, 4e-4], decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
     kl_tokens=20_000, param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=0)}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
-    window=128, batch=64, lr=[1e-4], decay=4000, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
+    window=128, batch=64, lr=[1e-4], decay=4000.0, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
     model="EleutherAI/pythia-70m", layer=3, features=8192, k=164, n=82, embedding=48, top=40, dropout=0.0,
     lr=[1e-3, 2e-3], chunk=100_000)
@@ -444,6 +445,12 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
 }
 
+def number(text):
+    """A finite number, for a flag."""
+    if not math.isfinite(float(text)):
+        raise ValueError(text)
+    return float(text)
+
 def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag."""
     for field, (kind, *_) in FLAGS.items():
@@ -457,6 +464,7 @@ def validate(cfg):
             (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
             (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
             (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
+            (0 <= cfg.seed < 2 ** 63, "--seed must lie in [0, 2^63)"),
             (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
         if not good:
             raise UserError(rule)
@@ -467,24 +475,41 @@ def resolve(args):
     if args.preset not in (None, *PRESETS):
         raise UserError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
     run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--run {run} is a file, not a directory")
     given = {name: getattr(args, name, None) for name in ("preset", "seed", *FLAGS)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"model", "text"} & set(given):           # a path must mean the same in any stage
         if given[name] not in ("tiny", "docstrings") and pathlib.Path(given[name]).exists():
             given[name] = str(pathlib.Path(given[name]).resolve())
     stored = read_json(run / "config.json") if (run / "config.json").exists() else {}
-    for name, value in given.items():
-        if stored.get(name, value) != value:
-            raise UserError(f"{run} was made with {name} = {stored[name]}, not {value}: drop that flag or "
-                            f"choose another --run")
+    started = any(path.suffix == ".ckpt" or path.name.partition(".")[0].partition("@")[0] in ARMS
+                  for path in (run.iterdir() if run.exists() else ()))
+    done = {stage for stage, there in (("train", started), ("lm", (run / "lm").exists())) if there}
+    for name in stored:                                   # what finished work was made with is settled
+        settled = name not in FLAGS or done & set(FLAGS[name][1].split())
+        if done and settled and given.get(name, stored[name]) != stored[name]:
+            raise UserError(f"{run} was made with {name} = {stored[name]}, not {given[name]}: drop that flag "
+                            f"or choose another --run")
     preset = stored.get("preset", args.preset or "tiny")
-    fields = {"preset": preset, "seed": 0} | PRESETS.get(preset, {}) | stored | given
-    if odd := set(fields) ^ {"preset", "seed", *FLAGS}:
-        raise UserError(f"{run}/config.json is of another version: {', '.join(sorted(odd))}")
+    fields = {"preset": preset, "seed": 0} | PRESETS.get(str(preset), {}) | stored | given
+    if started and not {name for name, row in FLAGS.items() if "train" in row[1].split()} <= set(stored):
+        raise UserError(f"{run}/config.json lacks fields with which its arms were trained")
+    kinds = {"preset": str, "seed": int} | {name: kind for name, (kind, *_) in FLAGS.items()}
+    odd = set(fields) ^ set(kinds)
+    for name, kind in kinds.items():
+        values = fields.get(name) if name == "lr" else [fields.get(name)]
+        if type(values) is not list or not values or {type(value) for value in values} != {kind}:
+            odd.add(name)
+    if odd:
+        raise UserError(f"{run}/config.json is damaged or of another version, in {', '.join(sorted(odd))}")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", args.device or "cpu"):
+        raise UserError(f"--device is cpu or cuda[:N], not {args.device!r}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"cannot use the device {device!r}"):
         torch.empty(0, device=device)
-    cfg = types.SimpleNamespace(**vars(args) | fields | dict(fields=fields, run=run, device=device))
+    cfg = types.SimpleNamespace(**vars(args) | fields | dict(fields=fields, run=run, device=device,
+                                started=started, lock=None))
     validate(cfg)
     return cfg
 
@@ -494,16 +519,27 @@ def fields_of(cfg, stage):
             if name not in FLAGS or stage in FLAGS[name][1].split()}
 
 def claim_run(cfg):
-    """Add the fields that this stage reads to the run's config.json."""
+    """Add the fields that this stage reads to the run's config.json, and keep other processes off the run.
+    Raises UserError if another process is at work there."""
+    with blame(f"cannot write in {cfg.run}"):
+        cfg.run.mkdir(parents=True, exist_ok=True)
+        cfg.lock = open(cfg.run / ".lock", "w")
+    try:
+        fcntl.flock(cfg.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"another process is at work on {cfg.run}") from error
+    for stale in cfg.run.glob(".*.tmp"):                  # left by a process that was killed
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     path = cfg.run / "config.json"
     write_json(path, (read_json(path) if path.exists() else {}) | fields_of(cfg, cfg.stage))
 
 def stage_results(cfg, compute):
     """The contents of results/STAGE.json; compute() makes them first, unless the file was made from the arms
-    that the run holds now. Beside them stands what traces them: configuration, versions, source hash."""
+    and with the settings of now. Beside them stands what traces them: configuration, versions, source."""
     path = cfg.run / "results" / f"{cfg.stage}.json"
     arms = {file.name: file.stat().st_mtime_ns for file in sorted(cfg.run.glob("*.safetensors"))}
-    if not path.exists() or read_json(path).get("made_from") != arms:
+    old = read_json(path) if path.exists() else {}
+    if old.get("made_from") != arms or old["config"] | fields_of(cfg, cfg.stage) != old["config"]:
         write_json(path, compute() | dict(
             made_from=arms, config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
             sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()))
@@ -576,9 +612,16 @@ def load_lm(path, *, device="cpu", layer=None):
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if os.sep in str(path) and str(path)[0] in "./~" and not pathlib.Path(path).is_dir():
+        raise UserError(f"there is no directory {path} to load a language model from")
     with blame(f"cannot load the language model {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if device != "cpu" else torch.float32)
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if device != "cpu" else torch.float32, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):      # transformers would fill them with random numbers
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+        if len(tokenizer) > (rows := lm.get_input_embeddings().weight.shape[0]):
+            raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens, its embedding {rows}")
     if layer is not None:
         lm = lm.base_model
         del find_blocks(lm, layer)[layer + 1:]
@@ -612,20 +655,21 @@ def text_rows(source):
     """Rows of a .txt, .jsonl or .parquet file, or of a hub data set, HUB_ID[:CONFIGURATION], streamed."""
     import datasets
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path, (hub_id, _, configuration) = pathlib.Path(source), source.partition(":")
-    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix.lower())
     if kind and not path.is_file():
         raise UserError(f"there is no text file {source}")
     if not kind and (path.exists() or "/" not in source):
         raise UserError(f"text {source!r} is not docstrings, a .txt, .jsonl or .parquet file, or on the hub")
     with blame(f"cannot read the text {source}"):
         if kind:
-            rows = datasets.load_dataset(kind, data_files=source, split="train", streaming=True)
+            rows = datasets.load_dataset(kind, data_files=glob.escape(source), split="train", streaming=True)
         else:
             rows = datasets.load_dataset(hub_id, configuration or None, split="train", streaming=True)
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             if not isinstance(row.get("text"), str):
-                raise UserError(f"{source}: a row has no string called 'text', only {', '.join(row)}")
+                raise UserError(f"{source}: row {number} has no string called 'text', but {str(row)[:60]}")
             yield row["text"].rstrip("\n")
 
 def documents(source):
@@ -720,7 +764,7 @@ def run_lm(cfg):
     """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
     from transformers import AutoConfig, AutoModelForCausalLM, logging
     logging.disable_progress_bar()
-    if cfg.model != "tiny" or (cfg.run / "lm").exists():
+    if cfg.model != "tiny" or (cfg.run / "lm" / "config.json").exists():
         return print(f"lm: nothing to train, the model is {cfg.model}")
     if cfg.lm_steps < 1:
         raise UserError(f"--lm-steps must be at least 1, not {cfg.lm_steps}")
@@ -820,22 +864,27 @@ def open_data(cfg, *, whole=False):
     """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
     standardiser. A run's first call writes its config.json and its standardiser."""
     path = cfg.run / "lm" if cfg.model == "tiny" else cfg.model
-    if cfg.model == "tiny" and not path.exists():
+    if cfg.model == "tiny" and not (path / "config.json").exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
     lm, tokenizer = load_lm(path, device=cfg.device, layer=None if whole else cfg.layer)
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if cfg.window + (tokenizer.bos_token_id is not None) > longest:
+        raise UserError(f"--window {cfg.window} is more than the {longest} positions of {path}")
     source, skip = text_source(cfg), 0 if cfg.keep_first else 1
     def stream(split):
         return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed)
     path, D = cfg.run / "standardiser.safetensors", lm.config.get_text_config().hidden_size
-    if not path.exists():
+    if not (path.exists() and cfg.started):               # before an arm is started, flags may still change
         for split in ("validation", "test"):              # better refused now than after the training
             next(window_stream(source, tokenizer, T=cfg.window, split=split, seed=0, buffer=1))
         standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
+        claim_run(cfg)
         with replacing(path) as temporary:
             save_file(standardiser.state_dict(), temporary)
         print("standardiser: {tokens:,} tokens; the largest norm is {largest_norm_over_median:.1f} times the "
               "median; {constant_dimensions} constant dimensions".format(**facts))
-    claim_run(cfg)
+    else:
+        claim_run(cfg)
     with blame(f"{path} is damaged"):
         standardiser = Standardiser(**load_file(path, device=cfg.device))
     if len(standardiser.mean) != D:
@@ -1076,10 +1125,12 @@ def group_passes(costs, budget):
 def load_arm_of(cfg, name, D):
     """A trained arm of the run, on its device. Raises UserError for one that does not fit the run."""
     model = load_arm(cfg.run / f"{name}.safetensors").to(cfg.device)
-    if model.config["D"] != D:
-        raise UserError(f"{cfg.run}/{name}.safetensors has D={model.config['D']}, the model has D={D}")
-    if model.config["run"] != fields_of(cfg, "train"):
-        raise UserError(f"{cfg.run}/{name}.safetensors was trained with another configuration")
+    here = fields_of(cfg, "train") | dict(D=D, arm=name)
+    there = model.config["run"] | {key: model.config[key] for key in ("D", "arm")}
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise UserError(f"{cfg.run}/{name}.safetensors was trained with {key} = {there.get(key)}, here "
+                            f"it is {value}: remove that file or choose another --run")
     return model
 
 def train_pass(cfg, data, arms):
@@ -1243,19 +1294,19 @@ def arm_results(own, gain, model):
                       cuts_less_joint_cut=first[0] + first[1] - first[2])
     return entry
 
-def load_arms(cfg, D):
-    """The run's trained arms, on its device: {name: model}. Raises UserError for one that does not fit."""
-    order = list(ARMS)
-    names = sorted((path.stem for path in cfg.run.glob("*.safetensors") if path.stem != "standardiser"),
-                   key=lambda name: (order.index(name.partition("@")[0]), name))
-    if "sae" not in names:
+def open_arms(cfg, **options):
+    """What open_data gives, and the run's trained arms on its device, {name: model}. Raises UserError if one
+    does not fit the run, or if there is no `sae` to compare with."""
+    if not (cfg.run / "sae.safetensors").exists():
         raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
-    return {name: load_arm_of(cfg, name, D) for name in names}
+    data = open_data(cfg, **options)
+    stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
+    names = [stem for arm in ARMS for stem in stems if stem.partition("@")[0] == arm]
+    return data, {name: load_arm_of(cfg, name, data.D) for name in names}
 
 def measure_recon(cfg):
     """Errors of every arm on test documents: the contents of results/recon.json."""
-    data = open_data(cfg)
-    models = load_arms(cfg, data.D)
+    data, models = open_arms(cfg)
     batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
     measured = evaluate(models, batches, std=data.standardiser.std)
     cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
@@ -1313,8 +1364,7 @@ def epsilon_random(x, x_hat, generator):
 def measure_kl(cfg):
     """What each path of each arm costs the language model on test documents, as kl_results tells it.
     Summed by document are KL, KL², tokens, cross-entropy, and tokens that have a next one."""
-    data = open_data(cfg, whole=True)
-    models, sums = load_arms(cfg, data.D), {}
+    (data, models), sums = open_arms(cfg, whole=True), {}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     for tokens, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
         read = []
@@ -1462,11 +1512,11 @@ DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction",
 
 def parser():
     """The command line: one subparser a stage, each with the flags that it reads."""
-    top = argparse.ArgumentParser(prog="dualenc.py", description=__doc__.split("\n\n")[0])
+    top = argparse.ArgumentParser(prog="dualenc.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage, function in STAGES.items():
         summary = function.__doc__.split(": ", 1)[1]
-        sub = stages.add_parser(stage, help=summary, description=summary)
+        sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
         if stage in ("plan", "train"):
             sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, metavar="ARM",
                              help=f"default: {' '.join(DEFAULT_ARMS)}")
@@ -1475,12 +1525,12 @@ def parser():
         sub.add_argument("--seed", type=int, help="of data order, weights and dropout (default: 0)")
         sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
-            sub.add_argument("--save-minutes", type=float, default=3, help="between checkpoints (default: 3)")
+            sub.add_argument("--save-minutes", type=number, default=3, help="from checkpoint to checkpoint")
         for field, (kind, readers, text) in FLAGS.items():
             if stage in readers.split():
                 tiny = PRESETS["tiny"][field]
                 options = dict(action="store_true", default=None) if kind is bool else dict(
-                    type=kind, nargs="+" if isinstance(tiny, list) else None)
+                    type=number if kind is float else kind, nargs="+" if isinstance(tiny, list) else None)
                 sub.add_argument(f"--{field.replace('_', '-')}", help=f"{text}; tiny: {tiny}", **options)
     for each in (top, *stages.choices.values()):          # complaints on one line
         each.error = lambda message, each=each: each.exit(2, f"dualenc: {message} (see {each.prog} --help)\n")
@@ -1489,8 +1539,10 @@ def parser():
 def main(argv=None):
     """Run a stage. Returns the exit status: 0; 2 after one line about the user's mistake; 130 if stopped."""
     args = parser().parse_args(argv)
+    cfg = None
     try:
-        STAGES[args.stage](resolve(args))
+        cfg = resolve(args)
+        STAGES[args.stage](cfg)
         return 0
     except torch.OutOfMemoryError as error:
         message = (f"out of GPU memory: lower --batch, --features or the number of --lr, in another --run "
@@ -1500,6 +1552,13 @@ def main(argv=None):
         return 130
     except (UserError, OSError) as error:
         message = str(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        message = "out of memory: lower --features, --batch or --chunk, or train fewer arms at a time"
+    finally:
+        if cfg and cfg.lock:
+            cfg.lock.close()
     print(f"dualenc: {message}", file=sys.stderr)
     return 2
 

@@ -861,6 +861,7 @@ def test_the_run_holds_what_it_should(trained):
         "standardiser.safetensors",
         "train.jsonl",
         "results",
+        ".lock",
     }
     results = json.loads((trained / "results" / "recon.json").read_text())
     assert set(results["arms"]) == set(ARMS)
@@ -1072,9 +1073,7 @@ def test_a_full_disk_gives_one_line_and_leaves_good_files(trained, tmp_path, mon
         capsys.readouterr().err
         == f"dualenc: cannot write {run}/joint.ckpt: [Errno 28] No space left on device\n"
     )
-    assert (
-        (run / "joint.ckpt").read_bytes() == good and not list(run.glob("*.tmp")) and not list(run.glob(".*"))
-    )
+    assert (run / "joint.ckpt").read_bytes() == good and not list(run.glob(".*.tmp"))
 
 
 def test_load_arm_reconstructs_raw_activations(trained, text, model):
@@ -1172,7 +1171,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
     stranger = d.load_arm(trained / "sae.safetensors")
     d.save_arm(other / "sae.safetensors", stranger, stranger.standardiser, stranger.config | {"run": {}})
     assert stage("train", other, "sequential") == 2
-    assert "sae.safetensors was trained with another configuration" in capsys.readouterr().err
+    assert "sae.safetensors was trained with preset = None, here it is tiny" in capsys.readouterr().err
 
 
 def test_first_position_can_be_kept(trained, model, text, tmp_path):
@@ -1281,6 +1280,17 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
     (tmp_path / "broken.jsonl").write_text('{"text": "a b"\n{')
     shutil.copytree(model, tmp_path / "nonsense")
     (tmp_path / "nonsense" / "model.safetensors").write_bytes(b"nonsense")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    for name, kept in (
+        ("holes", {k: v for k, v in weights.items() if "layers.0" not in k}),
+        ("few", {k: v[:100].clone() if v.shape[0] > 100 else v for k, v in weights.items()}),
+    ):
+        shutil.copytree(model, tmp_path / name)
+        save_file(kept, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "few" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     cases = [
         (["train", "--preset", "huge"], "unknown preset 'huge'"),
         (["train", "sea", *base], "unknown arm 'sea'"),
@@ -1296,9 +1306,9 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         (["train", *base, "--dropout", 1.5], "--dropout must lie in"),
         (["train", *base, "--param-dtype", "int8"], "--param-dtype is float32 or float16"),
         (["train", *base, "--window", 1], "--window must be at least 2"),
-        (["train", *base, "--window", 5000], "has 5000 tokens; give longer"),
-        (["train", *base, "--device", "abacus"], "cannot use the device 'abacus'"),
-        (["train", *base, "--model", tmp_path / "none"], "cannot load the language model"),
+        (["train", *base, "--window", 5000], "--window 5000 is more than the 64 positions"),
+        (["train", *base, "--device", "abacus"], "--device is cpu or cuda[:N]"),
+        (["train", *base, "--model", tmp_path / "none"], "there is no directory"),
         (["train", *base, "--model", tmp_path / "nonsense"], "cannot load the language model"),
         (["train", *base, "--text", tmp_path / "none.txt"], "there is no text file"),
         (["train", *base, "--text", "nothing"], "is not docstrings"),
@@ -1306,11 +1316,23 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         (["train", *base, "--text", tmp_path / "blank.txt"], "no document of the validation split"),
         (["train", *base, "--text", tmp_path / "short.txt"], "has 8 tokens"),
         (["train", *base, "--text", tmp_path / "latin.txt"], "cannot read the text"),
-        (["train", *base, "--text", tmp_path / "column.jsonl"], "no string called 'text', only words"),
+        (
+            ["train", *base, "--text", tmp_path / "column.jsonl"],
+            "row 1 has no string called 'text', but {'words'",
+        ),
         (["train", *base, "--text", tmp_path / "broken.jsonl"], "cannot read the text"),
         (["train", "sequential", *base], "train that first"),
         (["train", "--preset", "tiny"], "run the stage `lm` first"),
-        (["recon", "--preset", "tiny"], "run the stage `lm` first"),
+        (["recon", "--preset", "tiny"], "run the stage `train` first"),
+        (["kl", "--model", model, "--text", text, "--layer", 1], "run the stage `train` first"),
+        (["train", *base, "--lr", 0.01, "nan"], "invalid number value: 'nan'"),
+        (["train", *base, "--decay", "inf"], "invalid number value: 'inf'"),
+        (["train", *base, "--seed", 2**70], "--seed must lie in"),
+        (["train", "sae@", *base], "unknown arm 'sae@'"),
+        (["train", *base, "--keep"], "unrecognized arguments: --keep"),
+        (["train", *base, "--window", 64], "more than the 64 positions"),
+        (["train", *base, "--model", tmp_path / "holes"], "weights are missing"),
+        (["train", *base, "--model", tmp_path / "few"], "its tokenizer knows"),
         (["plan", "--model", "someone/something"], "plan knows"),
         (["plan", "--model", model, "--layer", 9], "layer 9 is out of range"),
         (["recon", "--features", 12], "unrecognized arguments"),
@@ -1336,6 +1358,71 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
         assert message in capsys.readouterr().err
 
 
+def test_a_run_without_arms_can_still_change_its_mind(model, text, tmp_path, monkeypatch):
+    run, flags = tmp_path / "run", ["sae", "--model", model, "--text", text, "--layer", 1, *SMALL]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        assert stage("train", run, *flags) == 130
+    before = (run / "standardiser.safetensors").read_bytes()
+    assert stage("train", run, *flags, "--layer", 2, "--lr", 0.01, "--tokens", 500) == 0
+    assert (run / "standardiser.safetensors").read_bytes() != before  # of another layer
+    assert json.loads((run / "config.json").read_text())["layer"] == 2
+    assert stage("train", run, "--layer", 1) == 2
+    assert stage("recon", run) == 0
+    assert stage("kl", run, "--kl-tokens", 80) == 0 and stage("kl", run, "--kl-tokens", 160) == 0
+    assert json.loads((run / "results" / "kl.json").read_text())["tokens"] == 160
+
+
+def test_a_second_process_is_refused_and_a_killed_ones_scraps_are_cleared(trained, tmp_path, capsys):
+    import fcntl
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results"))
+    (run / ".joint.ckpt.123.tmp").write_text("half of it")
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert stage("recon", run) == 2
+    assert capsys.readouterr().err == f"dualenc: another process is at work on {run}\n"
+    assert stage("recon", run) == 0 and not list(run.glob(".*.tmp"))
+
+
+def test_configurations_that_were_tampered_with_and_stray_files(trained, tmp_path, capsys):
+    good = json.loads((trained / "config.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results"))
+    for change in (
+        {"k": "6"},
+        {"k": 6.0},
+        {"lr": 0.01},
+        {"lr": []},
+        {"text": None},
+        {"keep_first": "no"},
+        {"new": 1},
+    ):
+        (run / "config.json").write_text(json.dumps(good | change))
+        assert stage("recon", run) == 2
+        assert f"is damaged or of another version, in {next(iter(change))}" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps({k: v for k, v in good.items() if k != "window"}))
+    assert stage("train", run, "joint-mlp") == 2
+    assert "lacks fields with which its arms were trained" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(good))
+    shutil.copy(run / "joint.safetensors", run / "joint-linear.safetensors")
+    assert stage("recon", run) == 2
+    assert "joint-linear.safetensors was trained with arm = joint, here" in capsys.readouterr().err
+    (run / "joint-linear.safetensors").unlink()
+    (run / "._sae.safetensors").write_bytes(b"")
+    (run / "notes.safetensors").write_bytes(b"")
+    assert stage("recon", run) == 0
+    (run / "train.jsonl").write_bytes(b"\xff\xfe\n")
+    assert stage("recon", run) == 2 and "train.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_a_file_name_is_taken_literally(tmp_path):
+    (tmp_path / "t1.txt").write_text("wrong")
+    (tmp_path / "t[1].TXT").write_text("right")
+    assert list(d.documents(str(tmp_path / "t[1].TXT"))) == ["right"]
+
+
 def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, capsys):
     from safetensors.torch import save_file
 
@@ -1354,7 +1441,7 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, c
         (b"", "is damaged"),
         (os.urandom(999), "is damaged"),
         (foreign.read_bytes(), "not an arm"),
-        ((tmp_path / "narrow.safetensors").read_bytes(), "has D=6, the model"),
+        ((tmp_path / "narrow.safetensors").read_bytes(), "trained with D = 6, here it is 16"),
     ]
     for number, (content, message) in enumerate(wrong):
         run = tmp_path / f"run{number}"
