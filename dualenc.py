@@ -609,14 +609,14 @@ def load_lm(path, *, device="cpu", layer=None):
     """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a
     GPU. layer: keep only what `capture` at that layer runs, no later blocks and no head. Raises UserError."""
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else some hub models are fetched twice
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if os.sep in str(path) and str(path)[0] in "./~" and not pathlib.Path(path).is_dir():
         raise UserError(f"there is no directory {path} to load a language model from")
     with blame(f"cannot load the language model {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        lm, found = AutoModelForCausalLM.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if device != "cpu" else torch.float32, output_loading_info=True)
         if missing := sorted(found["missing_keys"]):      # transformers would fill them with random numbers
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
@@ -762,8 +762,9 @@ def train_tokenizer(texts, vocab_size):
 
 def run_lm(cfg):
     """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
-    logging.disable_progress_bar()
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     if cfg.model != "tiny" or (cfg.run / "lm" / "config.json").exists():
         return print(f"lm: nothing to train, the model is {cfg.model}")
     if cfg.lm_steps < 1:
@@ -1538,8 +1539,8 @@ def parser():
 
 def main(argv=None):
     """Run a stage. Returns the exit status: 0; 2 after one line about the user's mistake; 130 if stopped."""
-    args = parser().parse_args(argv)
-    cfg = None
+    args, cfg = parser().parse_args(argv), None
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical") # else a line for each of its many tries
     try:
         cfg = resolve(args)
         STAGES[args.stage](cfg)
