@@ -1540,7 +1540,7 @@ def parser():
 def main(argv=None):
     """Run a stage. Returns the exit status: 0; 2 after one line about the user's mistake; 130 if stopped."""
     args, cfg = parser().parse_args(argv), None
-    os.environ.setdefault("HF_HUB_VERBOSITY", "critical") # else a line for each of its many tries
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")   # else a line for each of its many tries
     try:
         cfg = resolve(args)
         STAGES[args.stage](cfg)
@@ -1549,7 +1549,7 @@ def main(argv=None):
         message = (f"out of GPU memory: lower --batch, --features or the number of --lr, in another --run "
                    f"({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        print("dualenc: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("dualenc: stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         message = str(error)
