@@ -72,30 +72,24 @@ def sparse_outer(values, indices, x, F):
         by_feature // indices.shape[1], x, counts.cumsum(0) - counts, mode="sum",
         per_sample_weights=values.reshape(-1)[by_feature])
 
-class _SparseDecode(torch.autograd.Function):
+class _DecoderGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W):
-        ctx.save_for_backward(values, indices, W)
-        return torch.nn.functional.embedding_bag(indices, W, mode="sum", per_sample_weights=values)
+    def forward(ctx, out, values, indices, W):
+        ctx.save_for_backward(values, indices)
+        ctx.F = len(W)
+        return out.view_as(out)
 
     @staticmethod
     def backward(ctx, grad):
-        values, indices, W = ctx.saved_tensors
-        grad, grad_values, grad_W = grad.contiguous(), None, None
-        if ctx.needs_input_grad[0]:                       # grad_values[b, j] = grad[b] · W[indices[b, j]]
-            weights = values.detach().requires_grad_()
-            with torch.enable_grad():
-                out = torch.nn.functional.embedding_bag(
-                    indices, W.detach(), mode="sum", per_sample_weights=weights)
-            grad_values, = torch.autograd.grad(out, weights, grad)
-        if ctx.needs_input_grad[2]:
-            grad_W = sparse_outer(values, indices, grad, W.shape[0])
-        return grad_values, None, grad_W
+        values, indices = ctx.saved_tensors
+        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F)
 
 def sparse_decode(values, indices, W):
     """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width).
     The dense code times W, at O(k·width) a token. Differentiable (once) in values and W."""
-    return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
+    values, indices = values.contiguous(), indices.contiguous()
+    out = torch.nn.functional.embedding_bag(indices, W.detach(), mode="sum", per_sample_weights=values)
+    return _DecoderGradient.apply(out, values.detach(), indices, W)   # torch's own gradient of W is slow
 
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
