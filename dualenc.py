@@ -82,7 +82,8 @@ class _DecoderGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         values, indices = ctx.saved_tensors
-        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F)
+        needed = ctx.needs_input_grad[3]                  # a frozen decoder wants none
+        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F) if needed else None
 
 def sparse_decode(values, indices, W):
     """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width).
@@ -1220,7 +1221,7 @@ CLAIMS = (
         ("", "joint: by interaction, added first", "recon/joint/gain/sae+interaction/published"),
         ("", "joint: the two first cuts less the cut by both", "recon/joint/cuts_less_joint_cut"),
         ("", "joint: by linear, added last", "recon/joint/gain/full/without-linear"),
-        ("", "joint: by the interaction, added last", "recon/joint/gain/full/without-interaction"),
+        ("", "joint: by interaction, added last", "recon/joint/gain/full/without-interaction"),
         ("", "joint against joint-linear", "recon/joint/gain/full/joint-linear"),
         ("", "joint against joint-interaction", "recon/joint/gain/full/joint-interaction"),
         ("", "joint-linear against sae", "recon/joint-linear/gain/full/matched"),
@@ -1271,20 +1272,20 @@ def print_claims(stage, arms):
                 value = value.get(key) if value else None
             print(f"  {kind:16}{label:54}{percent(value):>24}")
 
-def arm_results(own, gain, model):
+def arm_results(own, cuts, model):
     """An arm's entry in recon.json, from what evaluate and gains have of it."""
     entry = {measure: own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw")}
     entry["explained"] = {measure: 1 - value for measure, value in entry.items()}
     entry |= {key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
-    entry |= dict(l0=own["l0"], params=count_parameters(model), gain=gain,
-                  improvement={label: value[0] for label, value in gain["full"].items()})
+    entry |= dict(l0=own["l0"], params=count_parameters(model), gain=cuts,
+                  improvement={label: value[0] for label, value in cuts["full"].items()})
     if "sae" in own["mse"]:
         entry |= dict(fvu_by_path=own["fvu"], mse_by_path=own["mse"], magnitude=own["magnitude"])
     if len(own["magnitude"]) == 2:                        # the full path is the SAE and its one addition
         entry["fvu_by_path"][f"sae+{[*own['magnitude']][1]}"] = own["fvu"]["full"]
     if "sae+interaction" in own["mse"]:
         linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
-        first = [gain[path]["published"][0] for path in ("sae+linear", "sae+interaction", "full")]
+        first = [cuts[path]["published"][0] for path in ("sae+linear", "sae+interaction", "full")]
         entry |= dict(interaction_share=interaction / (linear + interaction),
                       cuts_less_joint_cut=first[0] + first[1] - first[2])
     return entry
@@ -1401,7 +1402,7 @@ def kl_results(sums):
 
     def moments(key):
         kl, square, tokens = sums[key][:, :3].sum(0)
-        return kl / tokens, max(0.0, square / tokens - (kl / tokens) ** 2) ** 0.5, tokens
+        return kl / tokens, (max(0.0, square - kl ** 2 / tokens) / max(1, tokens - 1)) ** 0.5, tokens
     (identity, clean), (lost_kl, lost), arms = means["clean", ""], means["mean", ""], {}
     spliced = {key: total[:, 0] for key, total in sums.items() if len(key) == 2 and key[1]}
     for name, paths in gains(spliced).items():

@@ -395,7 +395,6 @@ def test_core_functions_can_be_lifted_into_a_file_that_imports_only_torch(tmp_pa
     source = "import torch\n\n" + "\n\n".join(
         ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in tree if name in wanted
     )
-    source = source.replace("class _", "class _").replace("\n    @staticmethod", "\n    @staticmethod")
     (tmp_path / "lifted.py").write_text(
         source
         + """
@@ -460,6 +459,14 @@ def config_of(kind, layers=3, vocab=400):
     if kind == "qwen2":
         sizes |= dict(num_key_value_heads=1)
     return AutoConfig.for_model(kind, **sizes)
+
+
+def random_lm(kind):
+    """A random language model of that kind, and two windows for it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(kind)).eval(), torch.randint(0, 400, (2, 9))
 
 
 @pytest.fixture(scope="session")
@@ -557,11 +564,7 @@ def test_docstring_corpus_holds_docstrings_and_no_code(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
 def test_capture_is_hidden_states_and_stops_the_forward(kind):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config_of(kind)).eval()
-    tokens = torch.randint(0, 400, (2, 9))
+    lm, tokens = random_lm(kind)
     hidden = lm(input_ids=tokens, output_hidden_states=True).hidden_states
     ran = []
     for number, block in enumerate(d.find_blocks(lm)):
@@ -743,11 +746,7 @@ def test_gain_and_its_interval():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
 def test_splice_of_the_same_is_exact_and_of_another_reaches_the_logits(kind):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config_of(kind)).eval()
-    tokens = torch.randint(0, 400, (2, 9))
+    lm, tokens = random_lm(kind)
     clean = lm(input_ids=tokens, use_cache=False).logits
     for layer in range(3):
         same = d.splice(lm, layer, tokens, lambda hidden: hidden.clone())
@@ -824,8 +823,8 @@ def test_kl_results_against_numpy():
     from scipy import stats
 
     a, b = kl["full"].ravel(), kl["own"].ravel()
-    t = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 80)
-    assert full["p"]["published"]["published"] == pytest.approx(2 * stats.t.sf(abs(t), 158), rel=0.15)
+    t = (a.mean() - b.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 80)
+    assert full["p"]["published"]["published"] == pytest.approx(2 * stats.t.sf(abs(t), 158), rel=1e-6, abs=0)
     difference = (kl["full"] - kl["own"]).mean(1)
     t = difference.mean() / (difference.std(ddof=1) / np.sqrt(8))
     assert full["p"]["published"]["paired"] == pytest.approx(2 * stats.t.sf(abs(t), 7))
@@ -883,9 +882,7 @@ def test_the_run_holds_what_it_should(trained):
     assert joint["interaction_share"] == pytest.approx(
         joint["magnitude"]["interaction"] / (joint["magnitude"]["interaction"] + joint["magnitude"]["linear"])
     )
-    assert joint["lr"] == min(
-        joint["validation_mse"], key=joint["validation_mse"].get, default=None
-    ) or f"{joint['lr']:g}" == min(joint["validation_mse"], key=joint["validation_mse"].get)
+    assert f"{joint['lr']:g}" == min(joint["validation_mse"], key=joint["validation_mse"].get)
     assert (
         results["config"]["tokens"] == 3000
         and len(results["sha256"]) == 64
@@ -1257,12 +1254,10 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
 
 
 @pytest.mark.parametrize("stage_name", list(d.STAGES))
-def test_help_is_quick_and_names_the_papers_values(stage_name):
-    start = time.monotonic()
-    out = subprocess.run(
-        [sys.executable, str(SOURCE), stage_name, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--preset" in out.stdout and "transformers" not in sys.modules or time.monotonic() - start < 60
+def test_help_names_the_papers_values_and_imports_nothing_heavy(stage_name):
+    command = [sys.executable, str(SOURCE), stage_name, "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--preset" in out and ("(paper:" in out) == (stage_name != "lm")
     code = (
         f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path[:0] = [{str(SOURCE.parent)!r}]\n"
         "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n"
