@@ -7,34 +7,25 @@ arXiv 2507.00269, AAAI 2026) holds that activations encode both which features a
 autoencoder, SAE, finds them) and how they combine (a neural factorization machine, NFM, finds that). This
 module implements the paper and prints each of its numbers beside the control that could refute it.
 
-    ./reproduce.sh          the tiny preset on any laptop: language model, activations, every arm, the tables
+    ./reproduce.sh          the tiny preset on any laptop: language model, activations, every arm, the report
     ./reproduce.sh test     the tests
 
-Sections, in dependency order; nothing needs a name that stands below it:
-    core maths              TopK encoding, sparse decoding, the factorization machine's interaction
-    modules                 TopKSAE, NFM, DualEncoder, the arms of a comparison, the exact fold
-    files                   atomic writes, the standardiser, arms on disk
-    presets and runs        one table of presets, one of flags, a run's configuration
-    language model          finding blocks, capturing activations, loading
-    text                    documents, splits, windows, the tiny language model
-    activation stream       chunks, batches, held-out activations
-    evaluation              errors by path, gains with their intervals
-    training                one loop for all arms and learning rates, resumable
-    reconstruction          claims 1 to 4 beside their controls
-    kl                      splicing, claims 5 to 7 beside their controls
-    plan                    what a run costs, before it is started
-    command line            one subcommand a stage
+Sections, in dependency order; nothing needs a name that stands below it: core maths (TopK encoding, sparse
+decoding, the interaction); modules (TopKSAE, NFM, DualEncoder, the arms, the exact fold); files; presets and
+runs; language model (capture, splice); text; activation stream; evaluation (errors by path, gains with
+intervals); training (one loop); claims (the paper's, as data); a section for each stage that measures:
+reconstruction, kl, structure, secondary, anova, inspect; plan; report; command line.
 
-Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features,
-k features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
+Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
+features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
 activations, values and indices (B, k) the sparse code: kept feature values (>= 0, descending) and their ids.
 What is known not to work stands in the README under "Limits".
 """
 import argparse
 import contextlib
 import copy
-import dataclasses
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
@@ -47,6 +38,7 @@ import re
 import shutil
 import sys
 import time
+import timeit
 import types
 import zlib
 
@@ -58,11 +50,11 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------ core maths
-# A token's code is k values and k feature ids; the dense (B, F) code is never built. All below is a weighted
-# sum of rows of a matrix (embedding_bag), or its transpose: past the encoder a token costs O(k·width).
-# The factorization machine (Rendle, 2010) sums over all pairs of active features without visiting them: with
-# f = (1, 2, 3) and scalar embeddings V = (1, 1, 2), Σ f V = 9 and Σ (f V)² = 1 + 4 + 36 = 41, so that
-# z = (81 - 41) / 2 = 20 = 1·2 + 1·6 + 2·6, the three products of pairs. A lone feature has no partner: z = 0.
+# A token's code is k values and k feature ids; the dense (B, F) code is never built: all below is a weighted
+# sum of rows of a matrix, or its transpose, and past the encoder a token costs O(k·width). The factorization
+# machine (Rendle, 2010) sums over pairs of active features without visiting them: f = (1, 2, 3) with scalar
+# V = (1, 1, 2) has Σ f V = 9 and Σ (f V)² = 1 + 4 + 36 = 41, so z = (81 - 41) / 2 = 20 = 1·2 + 1·6 + 2·6, the
+# three products of pairs. A lone feature has no partner: z = 0.
 
 def sparse_outer(values, indices, x, F):
     """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D)."""
@@ -82,12 +74,11 @@ class _DecoderGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         values, indices = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3]                  # a frozen decoder wants none
-        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F) if needed else None
+        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F)
 
 def sparse_decode(values, indices, W):
-    """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width).
-    The dense code times W, at O(k·width) a token. Differentiable (once) in values and W."""
+    """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width), the dense code
+    times W at O(k·width) a token. Differentiable (once) in values and W."""
     values, indices = values.contiguous(), indices.contiguous()
     out = torch.nn.functional.embedding_bag(indices, W.detach(), mode="sum", per_sample_weights=values)
     return _DecoderGradient.apply(out, values.detach(), indices, W)   # torch's own gradient of W is slow
@@ -106,9 +97,8 @@ class _TopKEncode(torch.autograd.Function):
         x, W_enc, values, indices = ctx.saved_tensors
         grad = grad * (values > 0)                        # ReLU passes nothing at or below 0
         grad_x = sparse_decode(grad, indices, W_enc) if ctx.needs_input_grad[0] else None
-        grad_W = sparse_outer(grad, indices, x, len(W_enc)) if ctx.needs_input_grad[1] else None
         grad_b = sparse_outer(grad, indices, x.new_ones(len(x), 1), len(W_enc)).squeeze(1)
-        return grad_x, grad_W, grad_b, None
+        return grad_x, sparse_outer(grad, indices, x, len(W_enc)), grad_b, None
 
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
@@ -120,8 +110,7 @@ def topk_encode(x, W_enc, b_enc, k):
 
 def fm_interaction(values, indices, V):
     """z = ½[(Σ_j f_j V_j)² - Σ_j (f_j V_j)²] = Σ_{a<b} f_a f_b V_a∘V_b: (B, n), (B, n), V (F, K) -> (B, K).
-    O(n·K) a token, and one pass over V a batch for its squares. The paper prints the middle term without its
-    outer brackets; this identity is what its code trains."""
+    O(n·K) a token. The paper prints the middle term without its outer brackets; its code trains this."""
     total = sparse_decode(values, indices, V)
     return 0.5 * (total.square() - sparse_decode(values.square(), indices, V.square()))
 
@@ -129,36 +118,30 @@ def fm_interaction_pairwise(values, indices, V):
     """The definition that fm_interaction computes faster, pair by pair, O(n²·K): for readers and tests."""
     weighted = values.unsqueeze(-1) * V[indices]          # (B, n, K)
     z = torch.zeros_like(weighted[:, 0])
-    for a in range(values.shape[1]):
-        for b in range(a + 1, values.shape[1]):
-            z = z + weighted[:, a] * weighted[:, b]
+    for one, other in itertools.combinations(weighted.unbind(1), 2):
+        z = z + one * other
     return z
 
 
 # ------------------------------------------------------------------------------------------ modules
-# An arm is one model of a comparison. Its forward returns named parts that add up to x_hat, so that one loop
-# trains and one evaluator measures every arm, path by path.
-# Why the paper's baseline is weak: a linear path on the same code is a second decoder. With n = k,
+# An arm is one model of a comparison; its forward returns named parts that add up to x_hat. Why the paper's
+# baseline is weak: a linear path on the same code is a second decoder. With n = k,
 #     f W_dec + b_dec + f W_lin + b_lin  =  f (W_dec + W_lin) + (b_dec + b_lin),
 # exactly one TopK SAE (fold_linear). The model's "own SAE path", f W_dec + b_dec, is that SAE with part of
-# its decoder cut off, and what the cut costs is reported as the NFM's gain. Hence the arms `sae` and
-# `sae-2dec`.
+# its decoder cut off; what the cut costs is reported as the NFM's gain. Hence the arms `sae` and `sae-2dec`.
 
 class UserError(ValueError):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
 
 class TopKSAE(torch.nn.Module):
-    """f = TopK_k(ReLU(x W_encᵀ + b_enc)), x_hat = f W_dec + b_dec; W_enc, W_dec (F, D).
-    W_dec ~ U(±1/√F). W_enc starts as a copy of it, not a view: tied storage would train as tied weights.
-    b_dec is ours: the published SAE has none, while its linear path has one."""
-
+    """f = TopK_k(ReLU(x W_encᵀ + b_enc)), x_hat = f W_dec + b_dec; W_dec (F, D) ~ U(±1/√F). W_enc starts as a
+    copy of it: a view would train as tied weights. b_dec is ours; the published SAE has no bias there."""
     def __init__(self, D, F, k):
         super().__init__()
-        self.D, self.F, self.k = D, F, k
+        self.F, self.k = F, k
         self.W_dec = torch.nn.Parameter(torch.empty(F, D).uniform_(-F ** -0.5, F ** -0.5))
         self.W_enc = torch.nn.Parameter(self.W_dec.detach().clone())
-        self.b_enc = torch.nn.Parameter(torch.zeros(F))
-        self.b_dec = torch.nn.Parameter(torch.zeros(D))
+        self.b_enc, self.b_dec = (torch.nn.Parameter(torch.zeros(size)) for size in (F, D))
 
     def encode(self, x):
         """Sparse code of x: (B, D) -> values, indices (B, k)."""
@@ -173,13 +156,10 @@ class TopKSAE(torch.nn.Module):
         return self.decode(*self.encode(x))
 
 class NFM(torch.nn.Module):
-    """The paper's integration paths; both read f_n, the n largest of the kept features.
-    linear        x_lin = f_n W_lin + b_lin                                   W_lin (F, D)
-    interaction   z = fm_interaction(f_n, V), m = W_1 dropout(z) + b_1, x_int = W_2 ReLU(m) + b_2
-                                                                              V (F, K), W_1 (K, K), W_2 (D, K)
-    pooling is "product" for z as above, "sum" for z = Σ_j f_j V_j (the control that has no product), None for
-    no interaction path. dropout is a probability; its mask comes from the generator given to forward."""
-
+    """The paper's two paths, on f_n, the n largest kept features: x_lin = f_n W_lin + b_lin, and
+    x_int = W_2 ReLU(m) + b_2, where m = W_1 dropout(z) + b_1; W_lin (F, D), V (F, K), W_1 (K, K), W_2 (D, K).
+    pooling: "product" for z = fm_interaction(f_n, V), "sum" for z = Σ_j f_j V_j (the control: no products),
+    None for no interaction path. dropout is a probability; its mask comes from the generator of forward."""
     def __init__(self, F, D, K, n, *, linear=True, pooling="product", dropout=0.0):
         super().__init__()
         def normal(std, *shape):
@@ -215,20 +195,15 @@ class NFM(torch.nn.Module):
         return parts
 
 class DualEncoder(torch.nn.Module):
-    """x_hat = x_sae + x_lin + x_int: a TopKSAE and, on its code, an NFM. Every arm is one of these.
-    Without nfm it is the plain SAE; with `second`, a TopKSAE that reads the first one's residual, the paper's
-    control for its sequential NFM. `learner` is the SAE whose features are counted: the second, if any."""
+    """x_hat = x_sae + x_lin + x_int: a TopKSAE and, on its code, an NFM. Every arm is one of these: without
+    nfm the plain SAE; with `second`, an SAE of the first one's residual, the control for a sequential NFM."""
+    learner = property(lambda self: self.second or self.sae)        # the SAE whose features are counted
 
     def __init__(self, sae, nfm=None, second=None):
         super().__init__()
         if nfm and nfm.n > sae.k:
             raise ValueError(f"the NFM reads n={nfm.n} features, the SAE keeps only k={sae.k}")
         self.sae, self.nfm, self.second = sae, nfm, second
-
-    @property
-    def learner(self):
-        """The TopKSAE whose features are counted."""
-        return self.second or self.sae
 
     def forward(self, x, generator=None, counts=None):
         """x (B, D) -> parts (B, D) that add up to x_hat: "sae", and "linear", "interaction" or "residual".
@@ -244,90 +219,75 @@ class DualEncoder(torch.nn.Module):
             counts.index_add_(0, indices.reshape(-1), (values > 0).reshape(-1).to(counts.dtype))
         return parts
 
-ARMS = {   # arm: the paths of its NFM (None: it has no NFM)
-    "sae": None,
-    "sae-2dec": dict(pooling=None),                       # its NFM reads all k: exactly an SAE
-    "joint": dict(),
-    "joint-linear": dict(pooling=None),
-    "joint-interaction": dict(linear=False),
-    "joint-mlp": dict(pooling="sum"),
-    "sequential": dict(),                                 # on the residual of the frozen, cut `sae`
-    "residual-sae": None,                                 # a second SAE on that same residual
-}
-CHILDREN = ("sequential", "residual-sae")                 # trained after `sae`, on top of it
+ARMS = {   # arm: options of its NFM (None: it has none); that of sae-2dec reads all k, so that it is an SAE
+    "sae": None, "sae-2dec": dict(pooling=None),
+    "joint": {}, "joint-linear": dict(pooling=None), "joint-interaction": dict(linear=False),
+    "joint-mlp": dict(pooling="sum"), "sequential": {}, "residual-sae": None}
+CHILDREN = ("sequential", "residual-sae")                 # trained on the residual of the frozen, cut `sae`
 
 def count_parameters(model):
     """Number of weights in a module."""
     return sum(p.numel() for p in model.parameters())
 
 def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
-    """Build the arm called `name`, its weights drawn from torch's global generator: a DualEncoder.
-    A size may follow the name: joint@0.5x has F / 2 features, sae@12000 has 12,000, sae@matched as many as
-    make its parameters joint's. parent: the trained `sae` arm under `sequential` and `residual-sae`: copied,
-    frozen, cut to its `top` largest features (default n). UserError for a bad name or a missing parent."""
+    """The arm called `name`, a DualEncoder with weights from torch's global generator. A size may follow:
+    sae@12000 has 12,000 features, joint@0.5x F / 2, sae@matched as many weights as joint. CHILDREN stand on a
+    frozen copy of parent, a trained `sae`, cut to `top` (default n) features. UserError for a bad name."""
     base, at, size = name.partition("@")
-    if base not in ARMS or (at and base in CHILDREN) or (at and not size):
-        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two "
-                        f"also take a size: sae@12000, sae@0.5x, sae@matched")
-    if size == "matched" and base == "sae":
+    is_size = re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+x", size) or name == "sae@matched"
+    if base not in ARMS or (at and (base in CHILDREN or not is_size)):
+        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two also "
+                        "take a size; a size is a number (sae@12000), a multiple (sae@0.5x), or sae@matched")
+    if size == "matched":
         with torch.device("meta"):
-            joint = count_parameters(DualEncoder(TopKSAE(D, F, k), NFM(F, D, K, n)))
-        F = round((joint - D) / (2 * D + 1))              # an SAE holds F·(2D + 1) + D weights
-    elif re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+x", size):
-        F = round(float(size[:-1]) * F) if size[-1] == "x" else int(size)
+            F += round(count_parameters(NFM(F, D, K, n)) / (2 * D + 1))     # weights of an SAE's feature
     elif size:
-        raise UserError(f"arm {name!r}: a size is a number of features, a multiple (0.5x), or sae@matched")
+        F = round(float(size[:-1]) * F) if size[-1] == "x" else int(size)
     if F < k:
         raise UserError(f"arm {name!r} has {F} features, fewer than k={k}")
-    paths = ARMS[base]
     if base not in CHILDREN:
         sae = TopKSAE(D, F, k)                            # first: one seed, one SAE to start from in any arm
         n = k if base == "sae-2dec" else n
-        return DualEncoder(sae, None if paths is None else NFM(F, D, K, n, dropout=dropout, **paths))
-    if parent is None:
+    elif parent is None:
         raise UserError(f"arm {name!r} is built on a trained `sae`: train that first")
-    frozen, top = copy.deepcopy(parent.sae).requires_grad_(False), top or n
-    frozen.k = top                                        # both sides of the comparison read the top ones
-    if paths is None:
-        return DualEncoder(frozen, second=TopKSAE(D, F, top))
-    return DualEncoder(frozen, NFM(F, D, K, top, dropout=dropout, **paths))
+    else:
+        sae = copy.deepcopy(parent.sae).requires_grad_(False)
+        sae.k = n = top or n                              # both sides of the comparison read the top ones
+    nfm = None if ARMS[base] is None else NFM(F, D, K, n, dropout=dropout, **ARMS[base])
+    return DualEncoder(sae, nfm, TopKSAE(D, F, n) if base == "residual-sae" else None)
 
+@torch.no_grad()
 def fold_linear(model):
     """The one TopKSAE that a DualEncoder with a linear path alone equals: W_dec + W_lin, b_dec + b_lin.
-    Raises ValueError where no such SAE exists: an interaction path, n < k, a second SAE."""
-    nfm = model.nfm
-    if model.second or (nfm and nfm.pooling):
-        raise ValueError("only an SAE, alone or with a linear path, folds into one SAE")
-    if nfm and nfm.n < model.sae.k:
-        raise ValueError(f"the linear path reads n={nfm.n} of k={model.sae.k} features: the fold needs n = k")
-    folded = copy.deepcopy(model.sae)
+    ValueError where no such SAE exists: an interaction path, n < k, a second SAE."""
+    nfm, folded = model.nfm, copy.deepcopy(model.sae)
+    if model.second or (nfm and (nfm.pooling or nfm.n < folded.k)):
+        reads = f"; this NFM reads n={nfm.n} of k={folded.k}" if nfm else ""
+        raise ValueError(f"only an SAE, alone or with a linear path, folds into one SAE, at n = k{reads}")
     if nfm:
-        with torch.no_grad():
-            folded.W_dec += nfm.W_lin
-            folded.b_dec += nfm.b_lin
+        folded.W_dec += nfm.W_lin
+        folded.b_dec += nfm.b_lin
     return folded
 
 
 # ------------------------------------------------------------------------------------------ files
-# What is on disk is whole: a file is written beside its place and moved there. An arm's file is
-# self-contained: weights, the standardiser of its run, the configuration that made it.
+# What is on disk is whole: a file is written beside its place and moved there. An arm's file is complete too:
+# weights, the standardiser of its run, the configuration that made it.
 
 @contextlib.contextmanager
 def blame(what):
     """Turn whatever a library raises inside into a UserError of one line: what, and the library's reason."""
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:                            # foreign files and networks fail in many ways
-        if isinstance(error, (UserError, torch.OutOfMemoryError)):
-            raise
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{what}: {reason.splitlines()[0][:300]}") from error
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path; what was written there replaces `path` at the end, or vanishes on an error.
-    Raises UserError where the disk refuses (full, not writable)."""
-    path = pathlib.Path(path)
+    """A temporary path: it replaces `path` at the end, or vanishes on an error. Raises UserError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with blame(f"cannot write {path}"):
@@ -355,16 +315,14 @@ def read_log(path):
         return [json.loads(line) for line in lines if line.strip() and line.endswith("\n")]
 
 class Standardiser(torch.nn.Module):
-    """One mean and one standard deviation per dimension, (D,), fixed for a run."""
-
-    def __init__(self, mean, std):
+    """Mean and std per dimension (D,), fixed for a run; read takes raw activations to what they describe."""
+    def __init__(self, mean, std, read=lambda raw: raw):
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.mean, self.std, self.read = torch.nn.Buffer(mean), torch.nn.Buffer(std), read
 
     def encode(self, raw):
         """Raw activations (…, D) -> standardised x (…, D)."""
-        return (raw - self.mean) / self.std
+        return (self.read(raw) - self.mean) / self.std
 
     def decode(self, x):
         """Standardised x (…, D) -> raw activations (…, D)."""
@@ -372,12 +330,11 @@ class Standardiser(torch.nn.Module):
 
 def save_arm(path, model, standardiser, config):
     """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()
-               if not name.startswith("standardiser.")}   # a loaded arm carries one
-    tensors |= {f"standardiser.{name}": tensor for name, tensor in standardiser.state_dict().items()}
+    state = torch.nn.ModuleDict(dict(model=model, standardiser=standardiser)).state_dict()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()
+               if not name.startswith("model.standardiser.")}         # a loaded arm carries one
     with replacing(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                  metadata={"dualenc": json.dumps(config)})
+        save_file(tensors, temporary, metadata={"dualenc": json.dumps(config)})
 
 def load_arm(path):
     """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
@@ -385,14 +342,13 @@ def load_arm(path):
     with blame(f"{path} is not an arm that this program wrote, or is damaged"):
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["dualenc"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}
         sizes = {name: config[name] for name in ("D", "F", "k", "n", "K", "top", "dropout")}
+        arm = "sae" if config["arm"].endswith(".secondary") else config["arm"]
         with torch.device("meta"):                        # shapes only; the file's tensors take their places
-            parent = DualEncoder(TopKSAE(config["D"], config["F"], config["k"]))
-            model = make_arm(config["arm"], parent=parent, **sizes)
-        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights, assign=True)
-        model.standardiser = Standardiser(tensors["standardiser.mean"], tensors["standardiser.std"])
+            model = make_arm(arm, parent=DualEncoder(TopKSAE(sizes["D"], sizes["F"], sizes["k"])), **sizes)
+            model.standardiser = Standardiser(*torch.empty(2, sizes["D"]))
+        model.load_state_dict(tensors, assign=True)
         model.config = config
     return model.eval().requires_grad_(False)
 
@@ -403,9 +359,10 @@ def load_arm(path):
 
 PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
-    features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200,
-    lr=[1e-4, 4e-4], decay=0.8, tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
-    kl_tokens=20_000, param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=0)}
+    features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, decay=0.8,
+    lr=[1e-4, 4e-4], tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
+    kl_tokens=20_000, stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8,
+    keep_first=False, lm_steps=840)}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000.0, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
@@ -413,30 +370,32 @@ PRESETS["small"] = PRESETS["paper"] | dict(
     lr=[1e-3, 2e-3], chunk=100_000)
 PRESETS["tiny"] = PRESETS["small"] | dict(
     model="tiny", text="docstrings", layer=2, features=1024, k=20, n=10, embedding=32, top=5, batch=512,
-    lr=[4e-3, 8e-3, 1.6e-2, 3.2e-2], tokens=800_000, eval_tokens=100_000, lm_steps=840)
+    lr=[4e-3, 8e-3, 16e-3, 32e-3], tokens=800_000, eval_tokens=100_000, stimuli="docs,formality-emotion")
 
+READERS = "train recon kl gram secondary anova inspect"   # the stages that read activations
 FLAGS = {   # field: (type, stages that read it, help); the flag is --field
-    "model": (str, "plan lm train recon kl", "causal LM, hub name or directory; 'tiny' trains one"),
-    "text": (str, "lm train recon kl", "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIG]"),
-    "layer": (int, "plan train recon kl", "block whose input is read, from 0 (paper: 16 of 26)"),
+    "model": (str, "plan lm " + READERS, "causal LM, hub name or directory; 'tiny' trains one"),
+    "text": (str, "lm " + READERS, "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIG]"),
+    "layer": (int, "plan " + READERS, "block whose input is read, from 0 (paper: 16 of 26)"),
     "features": (int, "plan train", "F, features of the SAE (paper: 50,000)"),
     "k": (int, "plan train", "features kept per token (paper: 1024)"),
     "n": (int, "plan train", "how many of the k the NFM reads (paper: 512)"),
     "embedding": (int, "plan train", "K, embedding width of the NFM (paper: 300)"),
     "top": (int, "plan train", "features that sequential and residual-sae read (paper: 250)"),
     "dropout": (float, "plan train", "probability, on z (published code: 0.15)"),
-    "window": (int, "plan train recon kl", "T, tokens in a window (paper: 50)"),
+    "window": (int, "plan " + READERS, "T, tokens in a window (paper: 50)"),
     "batch": (int, "plan train", "B, tokens in a batch (paper: 3200)"),
     "lr": (float, "plan train", "learning rates; each arm keeps its best on validation (paper: 1e-4)"),
     "decay": (float, "train", "share of the steps (above 1: steps) over which lr falls to a tenth"),
     "tokens": (int, "plan train", "tokens to train on; a shorter text is read again (paper: 5,000,000)"),
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
-    "eval_tokens": (int, "train recon", "tokens of the test split; a quarter as many choose the rate"),
+    "eval_tokens": (int, "train recon gram secondary inspect", "tokens to test on; a quarter chooses lr"),
     "kl_tokens": (int, "kl", "tokens of the test split to splice"),
+    "stimuli": (str, "anova", "formality-emotion, docs, or FILE.json of the same form; several: A,B"),
     "param_dtype": (str, "plan train", "of the weights: float32, or float16 as in the published code"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
-    "keep_first": (bool, "train recon kl", "keep each window's first position, an attention sink"),
+    "keep_first": (bool, READERS, "keep each window's first position, an attention sink"),
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
 }
 
@@ -446,65 +405,57 @@ def number(text):
         raise ValueError(text)
     return float(text)
 
+def count(text):
+    """A whole number of at least 1, for a flag."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
 def validate(cfg):
-    """Refuse a configuration that cannot run. Raises UserError naming the flag."""
-    for field, (kind, *_) in FLAGS.items():
-        if kind is int and field not in ("layer", "lm_steps") and getattr(cfg, field) < 1:
-            raise UserError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(cfg, field)}")
-    for small, large in (("k", "features"), ("n", "k"), ("top", "k")):
-        if getattr(cfg, small) > getattr(cfg, large):
-            raise UserError(f"--{small} {getattr(cfg, small)} is more than --{large} {getattr(cfg, large)}")
-    for good, rule in (
-            (min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
-            (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
-            (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
-            (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
-            (0 <= cfg.seed < 2 ** 63, "--seed must lie in [0, 2^63)"),
-            (cfg.window > 1, "--window must be at least 2: the first position may be left out")):
-        if not good:
-            raise UserError(rule)
+    """Refuse a configuration that cannot run. Raises UserError naming the flag or the field."""
+    fields, known = cfg.fields, PRESETS["tiny"] | dict(preset="tiny", seed=0)
+    for name, value in fields.items():
+        if (name not in known or type(value) is not type(known[name])
+                or name == "lr" and {type(rate) for rate in value} != {float}):
+            raise UserError(f"{cfg.run}/config.json is damaged or of another version, in {name}")
+    rules = [(fields[name] >= 1, f"--{name.replace('_', '-')} must be at least 1, not {fields[name]}")
+             for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"]
+    rules += [(fields[small] <= fields[large], f"--{small} {fields[small]} is more than "
+              f"--{large} {fields[large]}") for small, large in (("k", "features"), ("n", "k"), ("top", "k"))]
+    rules += [(min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
+              (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
+              (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
+              (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
+              (0 <= cfg.seed < 2 ** 63, "--seed must lie in [0, 2^63)"),
+              (cfg.window > 1, "--window must be at least 2: the first position may be left out")]
+    for rule in (rule for good, rule in rules if not good):
+        raise UserError(rule)
 
 def resolve(args):
-    """Settings of a stage: the run's config.json, else the preset and the flags given; and `run`, `device`,
-    `arms`. Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
-    if args.preset not in (None, *PRESETS):
-        raise UserError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
+    """A stage's settings: the flags given, else the run's config.json, else its preset; and `run`, `device`.
+    Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
     run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file, not a directory")
-    given = {name: getattr(args, name, None) for name in ("preset", "seed", *FLAGS)}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in {"model", "text"} & set(given):           # a path must mean the same in any stage
-        if given[name] not in ("tiny", "docstrings") and pathlib.Path(given[name]).exists():
-            given[name] = str(pathlib.Path(given[name]).resolve())
     stored = read_json(run / "config.json") if (run / "config.json").exists() else {}
-    started = any(path.suffix == ".ckpt" or path.name.partition(".")[0].partition("@")[0] in ARMS
-                  for path in (run.iterdir() if run.exists() else ()))
-    done = {stage for stage, there in (("train", started), ("lm", (run / "lm").exists())) if there}
-    for name in stored:                                   # what finished work was made with is settled
-        settled = name not in FLAGS or done & set(FLAGS[name][1].split())
-        if done and settled and given.get(name, stored[name]) != stored[name]:
-            raise UserError(f"{run} was made with {name} = {stored[name]}, not {given[name]}: drop that flag "
-                            f"or choose another --run")
-    preset = stored.get("preset", args.preset or "tiny")
-    fields = {"preset": preset, "seed": 0} | PRESETS.get(str(preset), {}) | stored | given
-    if started and not {name for name, row in FLAGS.items() if "train" in row[1].split()} <= set(stored):
-        raise UserError(f"{run}/config.json lacks fields with which its arms were trained")
-    kinds = {"preset": str, "seed": int} | {name: kind for name, (kind, *_) in FLAGS.items()}
-    odd = set(fields) ^ set(kinds)
-    for name, kind in kinds.items():
-        values = fields.get(name) if name == "lr" else [fields.get(name)]
-        if type(values) is not list or not values or {type(value) for value in values} != {kind}:
-            odd.add(name)
-    if odd:
-        raise UserError(f"{run}/config.json is damaged or of another version, in {', '.join(sorted(odd))}")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", args.device or "cpu"):
-        raise UserError(f"--device is cpu or cuda[:N], not {args.device!r}")
+    given = {name: value for name, value in vars(args).items()
+             if name in ("preset", "seed", *FLAGS) and value is not None}
+    for name, value in given.items():
+        if name in ("model", "text") and value not in ("tiny", "docstrings") and pathlib.Path(value).exists():
+            given[name] = str(pathlib.Path(value).resolve())   # the same path, wherever a stage is started
+        old, new = stored.get(name, given[name]), given[name]
+        settled = name not in FLAGS or {"lm", "train"} & set(FLAGS[name][1].split())
+        if settled and old != new:
+            raise UserError(f"{run} was made with {name} = {old}, not {new}: choose another --run")
+    fields = dict(preset="tiny", seed=0) | stored | given
+    if fields["preset"] not in list(PRESETS):
+        raise UserError(f"unknown preset {fields['preset']!r}: choose from {', '.join(PRESETS)}")
+    fields = PRESETS[fields["preset"]] | fields
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with blame(f"cannot use the device {device!r}"):
-        torch.empty(0, device=device)
-    cfg = types.SimpleNamespace(**vars(args) | fields | dict(fields=fields, run=run, device=device,
-                                started=started, lock=None))
+    with blame(f"--device is cpu or cuda[:N], and {device!r} cannot be used"):
+        torch.ones(1, dtype=torch.float64, device=device).item()   # errors are summed in float64
+    cfg = types.SimpleNamespace(**vars(args) | fields | dict(
+        fields=fields, stored=stored, run=run, device=device, lock=None))
     validate(cfg)
     return cfg
 
@@ -514,47 +465,38 @@ def fields_of(cfg, stage):
             if name not in FLAGS or stage in FLAGS[name][1].split()}
 
 def claim_run(cfg):
-    """Add the fields that this stage reads to the run's config.json, and keep other processes off the run.
-    Raises UserError if another process is at work there."""
-    with blame(f"cannot write in {cfg.run}"):
-        cfg.run.mkdir(parents=True, exist_ok=True)
-        cfg.lock = open(cfg.run / ".lock", "w")
+    """Keep other processes off the run (UserError if one is there); add the stage's fields to config.json."""
+    cfg.run.mkdir(parents=True, exist_ok=True)
+    cfg.lock = open(cfg.run / ".lock", "w")
     try:
         fcntl.flock(cfg.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"another process is at work on {cfg.run}") from error
     for stale in cfg.run.glob(".*.tmp"):                  # left by a process that was killed
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    path = cfg.run / "config.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | fields_of(cfg, cfg.stage))
+    write_json(cfg.run / "config.json", cfg.stored | fields_of(cfg, cfg.stage))
 
 def stage_results(cfg, compute):
-    """The contents of results/STAGE.json; compute() makes them first, unless the file was made from the arms
-    and with the settings of now. Beside them stands what traces them: configuration, versions, source."""
+    """The contents of results/STAGE.json, made by compute() unless they are of today's arms and settings.
+    Beside them stands what traces them: configuration, versions, source."""
     path = cfg.run / "results" / f"{cfg.stage}.json"
-    arms = {file.name: file.stat().st_mtime_ns for file in sorted(cfg.run.glob("*.safetensors"))}
-    old = read_json(path) if path.exists() else {}
-    if old.get("made_from") != arms or old["config"] | fields_of(cfg, cfg.stage) != old["config"]:
-        write_json(path, compute() | dict(
-            made_from=arms, config=cfg.fields, versions={"torch": torch.__version__, "numpy": np.__version__},
-            sha256=hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()))
+    made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in ("arm", "pairs", "asked")}
+    made |= {file.name: file.stat().st_mtime_ns for file in cfg.run.glob("*.safetensors")
+             if ".secondary" not in file.name}            # those are made from the others
+    if not path.exists() or read_json(path).get("made_from") != made:
+        sha = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+        versions = dict(torch=torch.__version__, numpy=np.__version__)
+        write_json(path, compute() | dict(made_from=made, config=cfg.fields, versions=versions, sha256=sha))
     return read_json(path)
-
-def table(*rows):
-    """Print rows of strings as aligned columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        print(" ", first.ljust(widths[0]), *map(str.rjust, rest, [width + 1 for width in widths[1:]]))
 
 
 # ------------------------------------------------------------------------------------------ language model
-# An activation is the residual stream that enters block `layer`: hidden_states[layer] in transformers'
-# counting. A pre-hook on that block reads it and stops the forward there; later blocks and logits are never
-# computed.
+# An activation is the residual stream entering block `layer`, hidden_states[layer] in transformers' counting.
+# A pre-hook on that block reads it and stops the forward there; later blocks and logits are never computed.
 
 LM_CONFIGS = {   # known without a download, for `plan`; "tiny" is what `lm` trains
-    "tiny": dict(model_type="llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4,
-                 num_attention_heads=4, vocab_size=4096, tie_word_embeddings=True),
+    "tiny": dict(model_type="llama", vocab_size=4096, bos_token_id=0, eos_token_id=0, hidden_size=128,
+                 intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True),
     "EleutherAI/pythia-70m": dict(model_type="gpt_neox", hidden_size=512, intermediate_size=2048,
                                   num_hidden_layers=6, num_attention_heads=8, vocab_size=50304),
     "openlm-research/open_llama_3b": dict(model_type="llama", hidden_size=3200, intermediate_size=8640,
@@ -564,8 +506,7 @@ class _Captured(Exception):
     """Carries the activations out of a forward that is stopped on purpose."""
 
 def find_blocks(lm, layer=0):
-    """The transformer blocks: the one ModuleList as long as the model is deep.
-    Raises UserError if there is no such list, or if it has no block `layer`."""
+    """The transformer blocks: the one ModuleList as long as the model is deep. UserError without `layer`."""
     depth = lm.config.get_text_config().num_hidden_layers
     found = [m for m in lm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
     if len(found) != 1:
@@ -575,39 +516,32 @@ def find_blocks(lm, layer=0):
     return found[0]
 
 def splice(lm, layer, tokens, replace):
-    """Logits with the residual stream entering block `layer` replaced: tokens (B, T) -> (B, T, vocabulary).
-    replace maps the captured (B, T, D) to another of its kind. Raises UserError for a layer out of range."""
+    """Logits (B, T, vocabulary) of tokens (B, T) with the residual stream entering block `layer` replaced:
+    replace maps the captured (B, T, D) to another of its kind. UserError for a layer out of range."""
     def hook(module, args, kwargs):
         if args:
             return (replace(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
-
-    handle = find_blocks(lm, layer)[layer].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            return lm(input_ids=tokens, use_cache=False).logits
-    finally:
-        handle.remove()
+    with find_blocks(lm, layer)[layer].register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
+        return lm(input_ids=tokens, use_cache=False).logits
 
 def capture(lm, layer, tokens):
-    """Residual stream that enters block `layer`: tokens (B, T) -> (B, T, D), equal to hidden_states[layer].
-    The forward stops there. Raises UserError for a layer that the model does not have."""
+    """Residual stream (B, T, D) that enters block `layer`, of tokens (B, T). UserError for no such block."""
     def stop(hidden):
         raise _Captured(hidden)
-
     try:
         splice(lm, layer, tokens, stop)
     except _Captured as stopped:
         return stopped.args[0]
 
 def load_lm(path, *, device="cpu", layer=None):
-    """A causal language model and its tokenizer, from the hub or a directory; fp32 on a CPU, as stored on a
-    GPU. layer: keep only what `capture` at that layer runs, no later blocks and no head. Raises UserError."""
+    """A causal language model and its tokenizer, from hub or directory; fp32 on a CPU, as stored on a GPU.
+    layer: keep only what `capture` at that layer runs, no later blocks and no head. Raises UserError."""
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"    # else some hub models are fetched twice
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if os.sep in str(path) and str(path)[0] in "./~" and not pathlib.Path(path).is_dir():
+    if str(path).startswith((".", "/", "~")) and not pathlib.Path(path).is_dir():
         raise UserError(f"there is no directory {path} to load a language model from")
     with blame(f"cannot load the language model {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -633,15 +567,15 @@ def docstring_corpus():
     import ast
     import importlib.util
     import warnings
-    files = [file for package in ("numpy", "scipy", "torch")
-             for file in sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
-             if not {"tests", "testing"} & set(file.parts)]
-    seen = set()
+    files, seen = [], set()
+    for package in ("numpy", "scipy", "torch"):
+        files += sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+    files = [file for file in files if not {"tests", "testing"} & set(file.parts)]
     for file in tqdm(files, desc="parsing docstrings", unit="file", disable=None):
         with contextlib.suppress(SyntaxError, UnicodeDecodeError), warnings.catch_warnings(action="ignore"):
-            nodes = [n for n in ast.walk(ast.parse(file.read_text("utf-8")))
-                     if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-            docstrings = [text for text in map(ast.get_docstring, nodes) if text and text not in seen]
+            docstrings = [text for node in ast.walk(ast.parse(file.read_text("utf-8")))
+                          if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                          and (text := ast.get_docstring(node)) and text not in seen]
             seen.update(docstrings)
             if docstrings:
                 yield "\n\n".join(docstrings)
@@ -653,24 +587,20 @@ def text_rows(source):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path, (hub_id, _, configuration) = pathlib.Path(source), source.partition(":")
     kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix.lower())
-    if kind and not path.is_file():
-        raise UserError(f"there is no text file {source}")
-    if not kind and (path.exists() or "/" not in source):
-        raise UserError(f"text {source!r} is not docstrings, a .txt, .jsonl or .parquet file, or on the hub")
+    if not (path.is_file() if kind else "/" in source and not path.exists()):
+        raise UserError(f"{source} is not docstrings; there is no text file so named (txt, jsonl, parquet)")
+    where = dict(data_files=glob.escape(source)) if kind else dict(name=configuration or None)
     with blame(f"cannot read the text {source}"):
-        if kind:
-            rows = datasets.load_dataset(kind, data_files=glob.escape(source), split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(hub_id, configuration or None, split="train", streaming=True)
+        rows = datasets.load_dataset(kind or hub_id, **where, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get("text"), str):
                 raise UserError(f"{source}: row {number} has no string called 'text', but {str(row)[:60]}")
             yield row["text"].rstrip("\n")
 
 def documents(source):
-    """Documents of a text: an iterator of strings; source as in text_rows.
-    A level-1 heading in WikiText's style (` = Title = `) starts a document. Where there is none, blank lines
-    separate the documents of a .txt file that has any; else each row is one. The first 2,000 rows decide."""
+    """Documents of a text, source as in text_rows: an iterator of strings. A level-1 heading as in WikiText,
+    ` = Title = `, starts one; where there is none, blank lines separate the documents of a .txt file that has
+    any; else each row is one. The first 2,000 rows decide."""
     rows = text_rows(source)
     first = list(itertools.islice(rows, 2000))
     heading = re.compile(r" ?= [^=](.*[^=])? = ?")
@@ -696,25 +626,18 @@ def windows(texts, tokenizer, T, split):
     ids is an int32 array, behind the tokenizer's BOS if it has one; an incomplete last window is left out."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     chosen = (text for text in texts if split_of(text) == split)
-    for first in itertools.count(step=64):                # documents that are tokenised at once
-        batch = list(itertools.islice(chosen, 64))
-        if not batch:
-            return
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for number, ids in enumerate(encoded, first):
-            for at in range(0, len(ids) - T + 1, T):
-                yield number, np.array(front + ids[at:at + T], dtype=np.int32)
+    for number, text in enumerate(chosen):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for at in range(0, len(ids) - T + 1, T):
+            yield number, np.array(front + ids[at:at + T], dtype=np.int32)
 
 def shuffled(items, size, rng):
-    """Shuffle a stream through a buffer of `size` items; rng is a random.Random."""
-    buffer = []
+    """Shuffle an iterator through a buffer of `size` items; rng is a random.Random."""
+    buffer = list(itertools.islice(items, size))
     for item in items:
-        if len(buffer) < size:
-            buffer.append(item)
-        else:
-            at = rng.randrange(size)
-            buffer[at], item = item, buffer[at]
-            yield item
+        at = rng.randrange(size)
+        yield buffer[at]
+        buffer[at] = item
     rng.shuffle(buffer)
     yield from buffer
 
@@ -722,12 +645,12 @@ def window_stream(source, tokenizer, *, T, split, seed, buffer=1_000_000):
     """Endless shuffled windows, epoch after epoch, fixed by the seed: (epoch, document's number, ids).
     buffer is in tokens. Raises UserError if the split has not one window."""
     for epoch in itertools.count():
-        in_order, number = windows(documents(source), tokenizer, T, split), None
+        number, in_order = None, windows(documents(source), tokenizer, T, split)
         for number, ids in shuffled(in_order, max(1, buffer // T), random.Random(f"{seed}/{split}/{epoch}")):
             yield epoch, number, ids
         if number is None:
-            raise UserError(f"{source}: no document of the {split} split has {T} tokens; give longer or "
-                            f"more documents (a tenth validates, a tenth tests), or lower --window")
+            raise UserError(f"{source}: no document of the {split} split has {T} tokens: give more or longer "
+                            f"documents (a tenth validates, a tenth tests), or lower --window")
 
 def take_windows(stream, count):
     """The next windows of a stream: (epoch of the last, documents' numbers (count,), ids (count, T))."""
@@ -736,55 +659,45 @@ def take_windows(stream, count):
 
 def text_source(cfg):
     """What `documents` reads for this run; docstrings are parsed once and kept in the run directory."""
-    if cfg.text != "docstrings":
-        return cfg.text
     corpus = cfg.run / "corpus.jsonl"
-    if not corpus.exists():
+    if cfg.text == "docstrings" and not corpus.exists():
         with replacing(corpus) as temporary, open(temporary, "w") as file:
             file.writelines(json.dumps({"text": document}) + "\n" for document in docstring_corpus())
-    return str(corpus)
+    return str(corpus) if cfg.text == "docstrings" else cfg.text
 
 def train_tokenizer(texts, vocab_size):
     """Byte-level BPE with a BOS token, as a transformers tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), bos_token="<s>")
 
 def run_lm(cfg):
     """Stage `lm`: train the tiny language model on the run's text, print its held-out perplexity, save it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
+    import transformers
+    transformers.logging.disable_progress_bar()
     if cfg.model != "tiny" or (cfg.run / "lm" / "config.json").exists():
         return print(f"lm: nothing to train, the model is {cfg.model}")
-    if cfg.lm_steps < 1:
-        raise UserError(f"--lm-steps must be at least 1, not {cfg.lm_steps}")
     source = text_source(cfg)
     tokenizer = train_tokenizer((text for text in documents(source) if split_of(text) == "train"), 4096)
     torch.manual_seed(cfg.seed)
-    shape = LM_CONFIGS["tiny"] | dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(cfg.device)
+    shape = transformers.AutoConfig.for_model(**LM_CONFIGS["tiny"] | dict(vocab_size=len(tokenizer)))
+    lm = transformers.AutoModelForCausalLM.from_config(shape).to(cfg.device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=cfg.lm_steps, pct_start=0.1)
-    def nats(tokens):
-        return lm(input_ids=tokens.to(cfg.device), labels=tokens.to(cfg.device), use_cache=False).loss
-    held_out_ids = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=0), 256)[2]
+    def nats(ids):
+        return lm(input_ids=ids.to(cfg.device), labels=ids.to(cfg.device), use_cache=False).loss
+    held_out = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=0), 256)[2]
     stream = window_stream(source, tokenizer, T=127, split="train", seed=cfg.seed)
-    for _ in (bar := tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None)):
-        loss = nats(take_windows(stream, 16)[2])
+    for _ in tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None):
         optimizer.zero_grad()
-        loss.backward()
+        nats(take_windows(stream, 16)[2]).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(nats=f"{loss.item():.2f}", refresh=False)
     with torch.no_grad():
-        loss = float(np.mean([nats(tokens).item() for tokens in held_out_ids.split(32)]))
+        loss = float(np.mean([nats(ids).item() for ids in held_out.split(32)]))
     claim_run(cfg)
     with replacing(cfg.run / "lm") as temporary:
         lm.save_pretrained(temporary)
@@ -794,21 +707,18 @@ def run_lm(cfg):
 
 
 # ------------------------------------------------------------------------------------------ activation stream
-# Windows are extracted a chunk at a time, so that activations exist for one chunk only. Inside a chunk tokens
-# are shuffled and cut into equal batches of about B: every token of a window is used once, and (seed, step)
-# fixes the batch, whoever reads it. So all arms of a run see the same data, and an interrupted run goes on
-# where it was. The first position is left out (skip = 1): an attention sink, whose norm in large models
-# dwarfs all others.
+# Activations exist for one chunk of windows at a time. Its tokens are shuffled and cut into batches of about
+# B: every token is used once, and (seed, step) fixes the batch, so that all arms of a run see the same data
+# and an interrupted run goes on where it was. The first position is left out (skip = 1): an attention sink,
+# whose norm in large models dwarfs all others.
 
 def extract(lm, layer, ids, *, skip=1, at_once=64):
     """Activations of windows: ids (W, T) -> (W·(T - skip), D) in fp32, at_once windows in each forward."""
-    device, width, rows = next(lm.parameters()).device, ids.shape[1] - skip, None
-    for at in range(0, len(ids), at_once):
-        raw = capture(lm, layer, ids[at:at + at_once].to(device))[:, skip:].flatten(0, 1)
-        if rows is None:
-            rows = torch.empty(len(ids) * width, raw.shape[1], device=device)
-        rows[at * width:at * width + len(raw)] = raw
-    return rows
+    device, D = next(lm.parameters()).device, lm.config.get_text_config().hidden_size
+    rows = torch.empty(len(ids), ids.shape[1] - skip, D, device=device)
+    for some, place in zip(ids.split(at_once), rows.split(at_once), strict=True):
+        place.copy_(capture(lm, layer, some.to(device))[:, skip:])
+    return rows.flatten(0, 1)
 
 def chunk_plan(*, tokens, chunk, batch, rows):
     """(windows, batches) of each chunk, all about alike; rows is how many tokens of a window are used."""
@@ -818,87 +728,75 @@ def chunk_plan(*, tokens, chunk, batch, rows):
     return [(size, max(1, round(size * rows / batch))) for size in sizes]
 
 def activation_batches(lm, layer, stream, standardiser, *, plan, epochs=1, seed=0, skip=1, start=0):
-    """Shuffled batches of standardised activations: an iterator of (step, epoch of the text, x (B, D)).
-    stream as from window_stream, plan as from chunk_plan; epochs: how often each chunk is used. start is the
-    first step wanted: chunks that lie before it cost no forward."""
+    """Shuffled batches of standardised activations: an iterator of (step, epoch of the text, x (B, D)). Each
+    chunk of the plan (chunk_plan's) is used `epochs` times; those before the step `start` cost no forward."""
     step = 0
     for number, (size, steps) in enumerate(plan):
         text_epoch, _, ids = take_windows(stream, size)
-        if step + steps * epochs <= start:
-            step += steps * epochs
-            continue
-        x = extract(lm, layer, ids, skip=skip)
+        x = extract(lm, layer, ids, skip=skip) if step + steps * epochs > start else None
         for epoch in range(epochs):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{number}/{epoch}".encode()))
-            for picked in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(steps):
+            for picked in torch.randperm(ids[:, skip:].numel(), generator=generator).tensor_split(steps):
                 if step >= start:
-                    yield step, text_epoch, standardiser.encode(x[picked])
+                    yield step, text_epoch, standardiser.encode(x[picked.to(x.device)])
                 step += 1
         x = None                                          # before the next chunk is made
 
-def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1):
+@torch.no_grad()
+def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1, read=lambda raw: raw):
     """Mean and std per dimension over at least `tokens` activations: (Standardiser, facts about them).
     A dimension that never varies gets std 1, and is counted. Raises UserError on non-finite values."""
     count, total, squares, norms = 0, 0, 0, []
-    bar = tqdm(total=tokens, desc="standardiser", unit="token", disable=None)
     while count < tokens:
-        raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip).double()
-        if not raw.isfinite().all():
-            raise UserError(f"the language model gives non-finite activations at layer {layer}")
+        raw = read(extract(lm, layer, take_windows(stream, 500)[2], skip=skip)).double()
         count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         norms.append(raw.norm(dim=1))
-        bar.update(len(raw))
-    bar.close()
+    if not squares.isfinite().all():
+        raise UserError(f"the language model gives non-finite activations at layer {layer}")
     mean, norms = total / count, torch.cat(norms)
     variance = squares / count - mean.square()
     constant = variance <= 1e-12 * squares / count
     facts = dict(tokens=count, constant_dimensions=int(constant.sum()),
                  largest_norm_over_median=float(norms.max() / norms.median()))
-    return Standardiser(mean.float(), variance.sqrt().masked_fill(constant, 1.0).float()), facts
+    return Standardiser(mean.float(), variance.sqrt().masked_fill(constant, 1.0).float(), read), facts
 
 def open_data(cfg, *, whole=False):
-    """What a stage reads: lm (whole, or up to cfg.layer), D, stream(split), rows that a window gives,
-    standardiser. A run's first call writes its config.json and its standardiser."""
+    """What a stage reads: lm (whole, or up to cfg.layer), tokenizer, D, stream(split), skip, rows that a
+    window gives, standardiser. A run's first call writes its config.json and its standardiser."""
     path = cfg.run / "lm" if cfg.model == "tiny" else cfg.model
     if cfg.model == "tiny" and not (path / "config.json").exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
     lm, tokenizer = load_lm(path, device=cfg.device, layer=None if whole else cfg.layer)
-    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if cfg.window + (tokenizer.bos_token_id is not None) > longest:
+    source, skip, config = text_source(cfg), 0 if cfg.keep_first else 1, lm.config.get_text_config()
+    positions = cfg.window + (tokenizer.bos_token_id is not None)
+    if positions > (longest := getattr(config, "max_position_embeddings", None) or math.inf):
         raise UserError(f"--window {cfg.window} is more than the {longest} positions of {path}")
-    source, skip = text_source(cfg), 0 if cfg.keep_first else 1
-    def stream(split):
-        return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed)
-    path, D = cfg.run / "standardiser.safetensors", lm.config.get_text_config().hidden_size
-    if not (path.exists() and cfg.started):               # before an arm is started, flags may still change
+    def stream(split, **options):
+        return window_stream(source, tokenizer, T=cfg.window, split=split, seed=cfg.seed, **options)
+    path = cfg.run / "standardiser.safetensors"
+    if not path.exists():
         for split in ("validation", "test"):              # better refused now than after the training
-            next(window_stream(source, tokenizer, T=cfg.window, split=split, seed=0, buffer=1))
+            next(stream(split, buffer=1))
         standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
-        claim_run(cfg)
+    claim_run(cfg)
+    if not path.exists():
         with replacing(path) as temporary:
             save_file(standardiser.state_dict(), temporary)
-        print("standardiser: {tokens:,} tokens; the largest norm is {largest_norm_over_median:.1f} times the "
-              "median; {constant_dimensions} constant dimensions".format(**facts))
-    else:
-        claim_run(cfg)
+        print("standardiser:", ", ".join(f"{fact} {value:g}" for fact, value in facts.items()))
     with blame(f"{path} is damaged"):
         standardiser = Standardiser(**load_file(path, device=cfg.device))
-    if len(standardiser.mean) != D:
-        raise UserError(f"{path} has D={len(standardiser.mean)}, the model has D={D}")
-    return types.SimpleNamespace(lm=lm, D=D, stream=stream, skip=skip,
-                                 rows=cfg.window + (tokenizer.bos_token_id is not None) - skip,
-                                 standardiser=standardiser)
+    return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, D=config.hidden_size, stream=stream, skip=skip,
+                                 rows=positions - skip, standardiser=standardiser)
 
 
 # ------------------------------------------------------------------------------------------ evaluation
-# Held-out documents only. Errors are summed in float64 by arm, path and document: a document's tokens are
-# not independent, so a gain's interval comes from resampling documents, on both sides the same (Efron, 1979).
+# Held-out documents only. Errors are summed in float64 by arm, path and document: a document's tokens are not
+# independent, so a gain's interval comes from resampling documents, on both sides the same (Efron, 1979).
 
 BASES = {   # what a path of an arm is compared with: label -> (arm, path); None is the arm itself
-    "published": (None, "sae"), "matched": ("sae", "full"), "parameter_matched": ("sae@matched", "full"),
-    "sae-2dec": ("sae-2dec", "full"), "joint-linear": ("joint-linear", "full"),
-    "joint-interaction": ("joint-interaction", "full"),
-    "without-linear": (None, "sae+interaction"), "without-interaction": (None, "sae+linear")}
+    "over own SAE path": (None, "sae"), "over sae+linear": (None, "sae+linear"),
+    "over sae+interaction": (None, "sae+interaction"), **{f"over {arm}": (arm, "full") for arm in (
+        "sae", "sae@matched", "sae-2dec", "residual-sae", "joint-linear", "joint-interaction")}}
 
 def path_sums(parts):
     """x_hat by path, from an arm's parts: "sae", the SAE alone; with one part added, of several; "full"."""
@@ -907,54 +805,56 @@ def path_sums(parts):
     return own | (added if len(added) > 1 else {}) | {"full": sum(parts.values())}
 
 def held_out_windows(cfg, data, split, tokens):
-    """Windows of a held-out split, 32 at a time: an iterator of (ids (32, T), documents' numbers (32,)).
-    None comes twice, so that a small split gives fewer tokens."""
+    """Windows of a held-out split, each once: an iterator of (ids (32, T), documents' numbers (32,))."""
     once = itertools.takewhile(lambda window: window[0] == 0, data.stream(split))
     _, numbers, ids = take_windows(once, math.ceil(tokens / data.rows))
     numbers = numbers.unique(return_inverse=True)[1]
     batches = list(zip(ids.to(cfg.device).split(32), numbers.to(cfg.device).split(32), strict=True))
     return tqdm(batches, desc=f"{cfg.stage}: {split}", unit="batch", disable=None)
 
+def held_out_batches(cfg, data, split, tokens):
+    """Held-out activations, as evaluate takes them: an iterator of (x (B, D), documents' numbers (B,))."""
+    for ids, numbers in held_out_windows(cfg, data, split, tokens):
+        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
+        yield x, numbers.repeat_interleave(data.rows)
+
 def add_by_document(sums, key, numbers, rows):
-    """Add rows (B, columns) to sums[key] (documents, columns), in float64 and in place."""
+    """Add rows (B, columns) to sums[key] (documents, columns), which grows as documents come, in float64."""
     so_far = sums.get(key, rows.new_zeros(0, rows.shape[1], dtype=torch.float64))
-    total = so_far.new_zeros(max(len(so_far), int(numbers.max()) + 1), rows.shape[1])
-    total[:len(so_far)] = so_far
-    sums[key] = total.index_add_(0, numbers, rows.double())
+    new = max(0, int(numbers.max()) + 1 - len(so_far))
+    sums[key] = torch.nn.functional.pad(so_far, (0, 0, 0, new)).index_add_(0, numbers, rows.double())
 
 def gain(own, base, *, resamples=2000, seed=0):
     """Share of the base's error that is gone, 1 - Σ own / Σ base: [gain, low, high].
     own, base (documents,): low and high bound 95 % by a percentile bootstrap over documents."""
     from scipy.stats import bootstrap
-    def statistic(a, b, axis=-1):
-        return 1 - a.sum(axis) / b.sum(axis)
-    if len(own) < 2:
-        return [float(statistic(own, base)), math.nan, math.nan]
-    low, high = bootstrap((own, base), statistic, paired=True, vectorized=True, n_resamples=resamples,
-                          batch=100, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return [float(statistic(own, base)), float(low), float(high)]
+    def share(own, base, axis=-1):
+        return 1 - own.sum(axis) / base.sum(axis)
+    interval = math.nan, math.nan
+    if len(own) > 1:
+        interval = bootstrap(
+            (own, base), share, paired=True, vectorized=True, n_resamples=resamples, batch=100,
+            method="percentile", rng=np.random.default_rng(seed)).confidence_interval
+    return [float(value) for value in (share(own, base), *interval)]
 
 def gains(errors):
     """The gain of every path of every arm over every base that is there: errors {(arm, path): (documents,)}
     -> {arm: {path: {label of the base: [gain, low, high]}}}."""
     found = {}
     for (arm, path), own in errors.items():
-        here = found.setdefault(arm, {}).setdefault(path, {})
-        for label, (base_arm, base_path) in BASES.items():
-            base = (base_arm or arm, base_path)
-            if base in errors and base != (arm, path):
-                here[label] = gain(own, errors[base])
+        bases = {label: (base or arm, base_path) for label, (base, base_path) in BASES.items()}
+        found.setdefault(arm, {})[path] = {label: gain(own, errors[base]) for label, base in bases.items()
+                                           if base in errors and base != (arm, path)}
     return found
 
 @torch.no_grad()
 def evaluate(models, batches, *, std):
-    """Errors of several models over the same batches of (x (B, D), documents' numbers (B,)).
-    std (D,) turns errors into raw units. Returns {model: results}: mse, fvu, fvu_raw and sse, an array by
-    document, go by path; magnitude, mean |part|, by part; l0 is the mean number of kept features above 0.
-    fvu = Σ‖x_hat - x‖² / Σ‖x - mean x‖²: predicting the mean scores 1."""
+    """{model: results} of models over the same batches of (x (B, D), documents' numbers (B,)). By path: mse,
+    fvu = Σ‖x_hat - x‖² / Σ‖x - mean x‖², fvu_raw (in raw units, by std (D,)), sse, an array by document; by
+    part: magnitude, mean |part|; l0: the mean number of kept features above 0."""
     tokens, total, squares, variance = 0, 0, 0, std.double().square()
     kept = {name: torch.zeros(model.learner.F, device=std.device) for name, model in models.items()}
-    errors, magnitudes = {}, {name: {} for name in models}
+    errors, magnitudes = ({name: {} for name in models} for _ in range(2))
     for x, numbers in batches:
         exact = x.double()
         tokens, total, squares = tokens + len(x), total + exact.sum(0), squares + exact.square().sum(0)
@@ -964,46 +864,21 @@ def evaluate(models, batches, *, std):
                 magnitudes[name][part] = magnitudes[name].get(part, 0) + value.double().abs().sum().item()
             for path, x_hat in path_sums(parts).items():
                 error = (x_hat - x).double().square()     # (B, D)
-                by_space = torch.stack([error.sum(1), error @ variance], 1)
-                add_by_document(errors, (name, path), numbers, by_space)
-    spread = squares - total.square() / tokens            # (D,) Σ (x - mean)²
-    scale = dict(mse=tokens * len(std), fvu=spread.sum().item(), fvu_raw=(spread @ variance).item())
-    results = {}
-    for name in models:
-        paths = {path: total for (of, path), total in errors.items() if of == name}
-        results[name] = dict(
-            tokens=tokens, l0=kept[name].sum().item() / tokens,
-            magnitude={part: value / scale["mse"] for part, value in magnitudes[name].items()},
-            sse={path: total[:, 0].cpu().numpy() for path, total in paths.items()},
-            **{measure: {path: total[:, int(measure == "fvu_raw")].sum().item() / scale[measure]
-                         for path, total in paths.items()} for measure in scale})
-    return results
-
-def held_out_batches(cfg, data, split, tokens):
-    """Held-out activations, as evaluate takes them: an iterator of (x (B, D), documents' numbers (B,))."""
-    for ids, numbers in held_out_windows(cfg, data, split, tokens):
-        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
-        yield x, numbers.repeat_interleave(data.rows)
+                add_by_document(errors[name], path, numbers, torch.stack([error.sum(1), error @ variance], 1))
+    spread, size = squares - total.square() / tokens, tokens * len(std)    # (D,), Σ (x - mean)²
+    scales = dict(mse=(0, size), fvu=(0, spread.sum().item()), fvu_raw=(1, (spread @ variance).item()))
+    return {name: dict(
+        tokens=tokens, l0=kept[name].sum().item() / tokens,
+        magnitude={part: value / size for part, value in magnitudes[name].items()},
+        sse={path: sums[:, 0].cpu().numpy() for path, sums in errors[name].items()},
+        **{measure: {path: sums[:, column].sum().item() / scale for path, sums in errors[name].items()}
+           for measure, (column, scale) in scales.items()}) for name in models}
 
 
 # ------------------------------------------------------------------------------------------ training
-# One flat loop. A candidate is an arm at one learning rate; all candidates take each batch in turn, so that
-# they are compared on the same tokens in the same order. Each arm is then represented by its best rate on
-# validation documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
-
-@dataclasses.dataclass
-class Candidate:
-    """An arm at one learning rate, `step` steps old; losses since the last log.
-    counts (F,): how many of the last `counted` tokens of training kept each feature."""
-
-    arm: str
-    lr: float
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    counts: torch.Tensor
-    counted: int = 0
-    step: int = 0
-    losses: list = dataclasses.field(default_factory=list)
+# One flat loop. A candidate is an arm at one learning rate; all take each batch in turn, so that they are
+# compared on the same tokens in the same order. Each arm is then represented by its best rate on validation
+# documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
 
 def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
@@ -1014,9 +889,8 @@ def learning_rate(lr, step, steps, decay=0.8):
     return lr * (1 - 0.9 * min(1.0, step / (decay * steps if decay <= 1 else decay)))
 
 def training_step(model, optimizer, x, *, generator=None, counts=None):
-    """One step on x (B, D): loss = mean((x_hat - x)²), gradient norm clipped at 1, Adam. Returns the loss.
-    generator draws the dropout mask; counts as in DualEncoder.forward. Raises FloatingPointError, before any
-    weight has changed, if loss or gradient is not finite."""
+    """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that loss. Raises
+    FloatingPointError, before any weight has changed, if loss or gradient is not finite."""
     loss = (sum(model(x, generator, counts).values()) - x).square().mean()
     loss.backward()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1025,59 +899,6 @@ def training_step(model, optimizer, x, *, generator=None, counts=None):
     optimizer.step()
     optimizer.zero_grad()                                 # no candidate's gradients outlive its step
     return loss.detach()
-
-def train_candidates(candidates, batches, *, steps, batch, seed=0, decay=0.8, dropout=0.0):
-    """The loop: every candidate takes every batch (step, epoch, x) that it has not had yet.
-    A generator of epochs: it pauses fifty times a run or more, for its caller to log and to save.
-    Raises UserError, naming arm and step, where training_step finds a value that is not finite."""
-    every = max(1, min(steps // 50, 500))
-    counted_steps = max(1, min(math.ceil(1e6 / batch), steps // 2))   # a feature is dead if none kept it
-    for step, epoch, x in batches:
-        for c in candidates:
-            if step < c.step:                             # it had this batch before the run was interrupted
-                continue
-            for group in c.optimizer.param_groups:
-                group["lr"] = learning_rate(c.lr, step, steps, decay)
-            generator = None
-            if dropout:                                   # a mask of its own, whoever is trained beside
-                generator = torch.Generator(x.device)
-                generator.manual_seed(zlib.crc32(f"{seed}/{c.arm}/{step}".encode()))
-            counting = step >= steps - counted_steps
-            try:
-                c.losses.append(training_step(c.model, c.optimizer, x.to(c.model.sae.W_dec.dtype),
-                                              generator=generator, counts=c.counts if counting else None))
-            except FloatingPointError as error:
-                raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
-                                f"checkpoint is kept); lower --lr in another --run") from error
-            c.counted += len(x) * counting
-            c.step = step + 1
-        if (step + 1) % every == 0 or step + 1 == steps:
-            yield epoch
-            for c in candidates:
-                c.losses.clear()
-
-def save_checkpoint(path, candidates, config):
-    """Write all that the training of an arm's candidates resumes from."""
-    state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
-        dict(step=c.step, model=c.model.state_dict(), optimizer=c.optimizer.state_dict(), counts=c.counts,
-             counted=c.counted) for c in candidates])
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:                     # torch hides why a file could not be written
-            raise error.__context__ or error from None
-
-def load_checkpoint(path, candidates, config):
-    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged file."""
-    with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
-        state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
-        if state["arm"] != candidates[0].arm or json.loads(state["config"]) != config:
-            raise ValueError("it belongs to another arm or another configuration")
-        for c, stored in zip(candidates, state["candidates"], strict=True):
-            c.model.load_state_dict(stored["model"])
-            c.optimizer.load_state_dict(stored["optimizer"])
-            c.counts.copy_(stored["counts"])
-            c.counted, c.step = stored["counted"], stored["step"]
 
 def sizes_of(cfg, D):
     """make_arm's sizes, from a configuration."""
@@ -1089,77 +910,104 @@ def meta_arms(cfg, names, D):
         parent = DualEncoder(TopKSAE(D, cfg.features, cfg.k))
         return {name: make_arm(name, parent=parent, **sizes_of(cfg, D)) for name in names}
 
-def arm_bytes(model, cfg):
-    """Bytes of training an arm at all rates: weights and Adam's moments, held throughout; gradients and the
-    two largest temporaries, (B, F) each, needed on top in a step."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rates, size = len(cfg.lr), getattr(torch, cfg.param_dtype).itemsize
-    return tuple(size * number for number in (
-        rates * count_parameters(model), rates * 2 * trained, trained, 2 * cfg.batch * model.learner.F))
-
-def memory_budget(device):
-    """Bytes to plan with: nine tenths of what is free on a GPU, half of this machine's memory for a CPU."""
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-def group_passes(costs, budget):
-    """Group arms so that each group fits, children after parents: costs {arm: arm_bytes} -> lists of arms."""
-    groups = []
-    for generation in (set(costs) - set(CHILDREN), set(costs) & set(CHILDREN)):
-        group = []
-        for name in filter(generation.__contains__, costs):
-            together = [costs[other] for other in (*group, name)]
-            if group and sum(sum(c[:2]) for c in together) + max(sum(c[2:]) for c in together) > budget:
-                groups.append(group)
-                group = []
-            group.append(name)
-        groups += [group] if group else []
-    return groups
-
 def load_arm_of(cfg, name, D):
     """A trained arm of the run, on its device. Raises UserError for one that does not fit the run."""
     model = load_arm(cfg.run / f"{name}.safetensors").to(cfg.device)
-    here = fields_of(cfg, "train") | dict(D=D, arm=name)
-    there = model.config["run"] | {key: model.config[key] for key in ("D", "arm")}
-    for key, value in here.items():
+    there = model.config | model.config["run"]
+    for key, value in (fields_of(cfg, "train") | dict(D=D, arm=name)).items():
         if there.get(key) != value:
             raise UserError(f"{cfg.run}/{name}.safetensors was trained with {key} = {there.get(key)}, here "
                             f"it is {value}: remove that file or choose another --run")
     return model
 
+def new_candidate(cfg, name, lr, D):
+    """An arm, or a secondary SAE, at one rate, before its first step. losses: those since the last log;
+    counts (F,): how many of the last `counted` tokens of training kept each feature."""
+    parent = load_arm_of(cfg, "sae", D) if name in CHILDREN else None
+    torch.manual_seed(cfg.seed)                           # one draw for all arms and rates
+    model = make_arm("sae" if name.endswith(".secondary") else name, parent=parent, **sizes_of(cfg, D))
+    model = model.to(cfg.device, getattr(torch, cfg.param_dtype)).train()
+    return types.SimpleNamespace(
+        arm=name, lr=lr, step=0, model=model, optimizer=make_optimizer(model, lr=lr, eps=cfg.adam_eps),
+        losses=[], counts=torch.zeros(model.learner.F, device=cfg.device), counted=0)
+
+def save_checkpoint(path, candidates, config):
+    """Write all that the training of an arm's candidates resumes from."""
+    state = dict(arm=candidates[0].arm, config=json.dumps(config), candidates=[
+        vars(c) | dict(model=c.model.state_dict(), optimizer=c.optimizer.state_dict()) for c in candidates])
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                     # torch hides why a file could not be written
+            raise error.__context__ or error from None
+
+def load_checkpoint(path, candidates, config):
+    """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged file."""
+    with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
+        state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
+        if (state["arm"], state["config"]) != (candidates[0].arm, json.dumps(config)):
+            raise ValueError("it belongs to another arm or another configuration")
+        for c, stored in zip(candidates, state["candidates"], strict=True):
+            c.model.load_state_dict(stored["model"])
+            c.optimizer.load_state_dict(stored["optimizer"])
+            c.counts, c.counted, c.step = stored["counts"], stored["counted"], stored["step"]
+
+@torch.no_grad()
+def log_entry(c, epoch, x):
+    """A line of train.jsonl: mean loss since the last one, mean |output| of each part on x (B, D), share of
+    decoder rows with a squared norm below 0.2."""
+    mse, parts = torch.stack(c.losses).mean().item(), c.model(x)
+    return dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1, mse=mse,
+                magnitude={name: part.abs().mean().item() for name, part in parts.items()},
+                low_norm=(c.model.learner.W_dec.square().sum(1) < 0.2).double().mean().item())
+
 def train_pass(cfg, data, arms):
     """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
-    Each arm's best candidate becomes ARM.safetensors."""
-    everyone = list(itertools.chain(*arms.values()))
+    Each arm's best becomes ARM.safetensors. UserError, with arm and step, for a value that is not finite."""
+    everyone, fields = list(itertools.chain(*arms.values())), fields_of(cfg, "train")
     plan = chunk_plan(tokens=cfg.tokens, chunk=cfg.chunk, batch=cfg.batch, rows=data.rows)
     steps = cfg.chunk_epochs * sum(batches for _, batches in plan)
-    log = cfg.run / "train.jsonl"
     for name, candidates in arms.items():
         if (cfg.run / f"{name}.ckpt").exists():
-            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields_of(cfg, "train"))
+            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
-    start, saved = min(c.step for c in everyone), time.monotonic()
-    ages = {c.arm: c.step for c in everyone}
+    log, ages = cfg.run / "train.jsonl", {c.arm: c.step for c in everyone}
     old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
     with replacing(log) as temporary:                     # what came after a checkpoint is logged again
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
 
-    batches = activation_batches(
-        data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan, epochs=cfg.chunk_epochs,
-        seed=cfg.seed, skip=data.skip, start=start)
-    bar = tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None)
-    for epoch in train_candidates(everyone, bar, steps=steps, batch=cfg.batch, seed=cfg.seed, decay=cfg.decay,
-                                  dropout=cfg.dropout):
-        new = [dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1,
-                    mse=torch.stack(c.losses).mean().item()) for c in everyone if c.losses]
+    start, saved, every = min(ages.values()), time.monotonic(), max(1, min(steps // 50, 500))
+    batches = activation_batches(data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan,
+                                 epochs=cfg.chunk_epochs, seed=cfg.seed, skip=data.skip, start=start)
+    for step, epoch, x in tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None):
+        counting = step >= steps - max(1, min(math.ceil(1e6 / cfg.batch), steps // 2))   # for dead features
+        x = x.to(getattr(torch, cfg.param_dtype))
+        for c in everyone:
+            if step < c.step:                             # it had this batch before the run was interrupted
+                continue
+            for group in c.optimizer.param_groups:
+                group["lr"] = learning_rate(c.lr, step, steps, cfg.decay)
+            mask_seed = zlib.crc32(f"{cfg.seed}/{c.arm}/{step}".encode())   # no other arm changes it
+            try:
+                loss = training_step(c.model, c.optimizer, x, counts=c.counts if counting else None,
+                                     generator=torch.Generator(x.device).manual_seed(mask_seed))
+            except FloatingPointError as error:
+                raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
+                                f"checkpoint is kept); lower --lr in another --run") from error
+            c.losses.append(loss)
+            c.counted, c.step = c.counted + len(x) * counting, step + 1
+        if (step + 1) % every and step + 1 < steps:
+            continue
+        lines = [json.dumps(log_entry(c, epoch, x)) + "\n" for c in everyone if c.losses]
         with blame(f"cannot write {log}"), open(log, "a") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in new))
+            file.write("".join(lines))
+        for c in everyone:
+            c.losses.clear()
         if time.monotonic() - saved >= 60 * cfg.save_minutes:
             for name, candidates in arms.items():
-                save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields_of(cfg, "train"))
+                save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
             saved = time.monotonic()
+
     validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
     validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone}, validation,
                          std=data.standardiser.std)
@@ -1167,174 +1015,207 @@ def train_pass(cfg, data, arms):
         errors = {c.lr: validated[name, c.lr]["mse"]["full"] for c in candidates}
         best = min(candidates, key=lambda c: errors[c.lr])
         save_arm(cfg.run / f"{name}.safetensors", best.model, data.standardiser, dict(
-            sizes_of(cfg, data.D), arm=name, steps=steps, lr=best.lr,
-            validation_mse={f"{lr:g}": mse for lr, mse in errors.items()},
-            dead=(best.counts == 0).double().mean().item(), dead_tokens=best.counted,
-            run=fields_of(cfg, "train")))
+            sizes_of(cfg, data.D), arm=name, steps=steps, lr=best.lr, run=fields, dead_tokens=best.counted,
+            dead=(best.counts == 0).double().mean().item(),
+            validation_mse={f"{lr:g}": mse for lr, mse in errors.items()}))
         (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
         print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
 
 def run_train(cfg):
-    """Stage `train`: train the arms named that are not there yet, in as few passes as memory allows."""
+    """Stage `train`: train the arms named that are not there yet, --at-once of them in a pass over the
+    text."""
     meta_arms(cfg, cfg.arms, D=1)                         # a name that cannot be is refused before any work
     wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
     if not wanted:
         return print(f"train: all there: {' '.join(cfg.arms)}")
-    children = [name for name in wanted if name in CHILDREN]
-    if children and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
-        raise UserError(f"arm {children[0]} is built on a trained `sae`: train that first")
+    if {*wanted} & {*CHILDREN} and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
+        raise UserError(f"{' and '.join(CHILDREN)} are built on a trained `sae`: train that first")
     data = open_data(cfg)
+    for generation in (False, True):                      # children after their parent
+        names = [name for name in wanted if (name in CHILDREN) == generation]
+        for at in range(0, len(names), cfg.at_once):
+            train_pass(cfg, data, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
+                                   for name in names[at:at + cfg.at_once]})
 
-    def candidate(name, lr):
-        parent = load_arm_of(cfg, "sae", data.D) if name in CHILDREN else None
-        torch.manual_seed(cfg.seed)                       # one draw for all arms and rates
-        model = make_arm(name, parent=parent, **sizes_of(cfg, data.D))
-        model = model.to(cfg.device, getattr(torch, cfg.param_dtype))
-        return Candidate(name, lr, model.train(), make_optimizer(model, lr=lr, eps=cfg.adam_eps),
-                         torch.zeros(model.learner.F, device=cfg.device))
-    costs = {name: arm_bytes(model, cfg) for name, model in meta_arms(cfg, wanted, D=data.D).items()}
-    for names in group_passes(costs, memory_budget(cfg.device)):
-        train_pass(cfg, data, {name: [candidate(name, lr) for lr in cfg.lr] for name in names})
+
+# ------------------------------------------------------------------------------------------ claims
+# A claim of the paper stands under the paper's own metric and beside the controls that could refute it; the
+# first control decides. It is data: a figure is named by where it stands in results/STAGE.json, below "arms".
+
+CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the first control must show
+    ("1 joint training cuts the reconstruction error (41.3 %, mse 0.275 to 0.162)", "recon",
+     ["joint/gain/full/over own SAE path"],
+     ["joint/gain/full/over sae", "joint/gain/full/over sae-2dec", "joint/gain/full/over sae@matched",
+      "sae-2dec/gain/full/over own SAE path"],
+     (">", 0, "joint's error is below that of an SAE trained on the same tokens")),
+    ("2 an NFM on a trained SAE's residual cuts its error (23.4 % on validation)", "recon",
+     ["sequential/gain/full/over own SAE path"],
+     ["sequential/gain/full/over residual-sae", "residual-sae/gain/full/over own SAE path",
+      "sequential/gain/full/over sae"], (">", 0, "the NFM cuts more of the residual than a second SAE")),
+    ("3 the interaction is a small share of the NFM, 6 %, sequential 4.5 %; paths are sub-additive", "recon",
+     ["joint/interaction_share", "sequential/interaction_share"],
+     ["joint/gain/full/over joint-linear", "joint/gain/full/over joint-interaction",
+      "joint/gain/sae+linear/over own SAE path", "joint/gain/full/over sae+interaction",
+      "joint/gain/sae+interaction/over own SAE path", "joint/gain/full/over sae+linear",
+      "joint/sub_additive_by"],
+     (">", 0, "the interaction, trained along, cuts the error")),
+    ("4 the SAE alone explains most of the variance (86.4 %, mse 0.136)", "recon", ["sae/explained/mse"],
+     ["sae/explained/fvu", "sae/explained/fvu_raw", "sae/dead"],
+     (">", 0.5, "the SAE explains more than half of the variance of held-out documents")),
+    ("5 joint training cuts KL (51.9 %, linear 50.9, nonlinear 8.6; sequential 29.8), CE (26.2 %)", "kl",
+     ["joint/full/cut/over own SAE path", "joint/sae+linear/cut/over own SAE path",
+      "joint/sae+interaction/cut/over own SAE path", "joint/full/ce_cut_of_total",
+      "sequential/full/cut/over own SAE path", "joint/full/p/over own SAE path/published"],
+     ["joint/full/cut/over sae", "joint/full/p/over sae/paired", "joint/full/cut/over sae@matched",
+      "sae-2dec/full/cut/over own SAE path", "sae/full/ce_recovered", "joint/full/ce_recovered"],
+     (">", 0, "joint's KL is below that of an SAE trained on the same tokens")),
+    ("6 SAE errors cost more than random ones of their size (2.99 times the KL, sequential 2.1)", "kl",
+     ["joint/sae/over_random", "sequential/sae/over_random"],
+     ["sae/full/over_random", "joint/full/over_random"],
+     (">", 1, "the error of an SAE that is no cut-off part costs more KL than a random one")),
+    ("7 the nonlinear path's 3 % of parameters give a sixth of the gain (8.6 of 51.9)", "kl",
+     ["joint/sae+interaction/cut/over own SAE path"],
+     ["joint/full/cut/over joint-linear", "joint-mlp/full/cut/over joint-linear"],
+     (">", 0, "the nonlinear path, trained along, cuts KL")),
+    ("8 squared decoder norms turn bimodal (modes at 0.05 and 0.37; SAE one mode at 0.4)", "gram",
+     ["joint/below_0.2", "sae/below_0.2", "joint/modes"],
+     ["joint/bimodality_less_sae", "sae/modes", "joint folded/modes", "joint/bimodality", "sae/bimodality",
+      "joint/initial_squared_norm"], (">", 0, "joint's norms are more bimodal than sae's, same tokens")),
+    ("9 norm and NFM share correlate (Spearman -0.987, linear -0.866, interaction -0.922)", "gram",
+     ["joint/share/r/nfm", "joint/share/r/linear", "joint/share/r/interaction"],
+     ["joint/share/r_less_shuffled", "joint/share/r_shuffled/nfm", "joint/share/r_untouched/nfm",
+      "joint/share/r_norms/linear", "joint/share/r_norms/interaction", "joint/share/r_function"],
+     ("<", 0, "the correlation is stronger than with NFM norms shuffled among features")),
+    ("10 some 860 components hold 90 % in both; joint needs more of the first 50", "gram",
+     ["joint/components_90_published", "sae/components_90_published"],
+     ["joint folded/first_50_less_sae", "joint/first_50", "sae/first_50", "joint/components_90",
+      "sae/components_90", "joint folded/components_90"],
+     ("<", 0, "the first 50 components hold less of joint's decoder, folded, than of sae's")),
+    ("11 clamping a secondary feature shows formality × emotion (F = 5.06, p = 0.027 at -4)", "anova",
+     ["joint/interaction/words/F_ab", "joint/interaction/words/p_ab"],
+     ["joint/interaction/kl/p_crossed", "joint/interaction/kl/p_secondary",
+      "joint/interaction/contrast/p_crossed", "joint/interaction/words/p_permuted",
+      *(f"joint/interaction/words/p_{null}" for null in ("random", "primary", "secondary"))],
+     ("<", 0.05, "the clamp's effect depends on the sentence's own cell")),
+    ("12 secondary features split by whether a lone primary feature contributes", "secondary",
+     ["joint/fvu", "joint/dead"],
+     ["joint/moved_by_one", "joint/moved_by_two", "joint/mse", "joint/mse_replaced", "joint/mse_without"],
+     (">", 0, "a lone feature moves m, though its z is 0")),
+    ("13 the NFM's cost grows faster than its features; an SAE has no negative signs", "gram",
+     ["joint/cost_exponent/pairwise"], ["joint/cost_exponent/identity", "sae/negative"],
+     (">", 1.25, "the cost grows faster than in proportion to n")))
+
+COLUMNS = {   # what a stage's table shows of each entry
+    "recon": "params, lr, mse, fvu, fvu_raw, l0, dead, gain/full/over sae",
+    "kl": "kl, over_random, excess_ce, ce_recovered, cut/over sae",
+    "gram": "features, fires, value, moved, norm, scale_free, function, ablation",
+    "secondary": "features, fvu, dead, mse, mse_replaced, mse_without",
+    "anova": "feature, words/F_ab, words/p_ab, words/p_permuted, words/p_secondary, kl/F_ab, kl/p_crossed, "
+             "kl/p_secondary",
+    "inspect": "fires"}
+
+FORMATS = (   # (pattern in a figure's name, format); all others are shares
+    ("params|features?$|modes|components", ","), ("(^|/)p[_/]", ".2g"), ("lr$", "g"), ("explained", "%"),
+    ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
+    ("F_ab|l0|random$|exponent|value|moved$|norm$|scale_free|bimodality|share/", ".3f"))
+
+def lookup(results, where):
+    """What stands at a/b/c in nested dicts, or None."""
+    for key in where.split("/"):
+        results = results.get(key) if isinstance(results, dict) else None
+    return results
+
+def show(value, where=""):
+    """A figure as text, by its name's format: "12.3 %"; with a 95 % interval [value, low, high]: "1 % [0,
+    2]"."""
+    if value is None:
+        return "-"
+    spec = next((spec for pattern, spec in FORMATS if re.search(pattern, where)), "%")
+    texts = [f"{100 * v:.1f}" if spec == "%" else format(v, spec) for v in np.atleast_1d(value).tolist()]
+    texts[0] += " %" if spec == "%" else ""
+    return texts[0] + (f" [{', '.join(texts[1:])}]" if texts[1:] else "")
+
+def verdict(value, relation, bound, what):
+    """One sentence: does a figure, with all of its interval if it has one, lie beyond the deciding bound?"""
+    if value is None:
+        return "not measured"
+    low, high = (value[1], value[2]) if isinstance(value, list) else (value, value)
+    if relation == "<":
+        low, high, bound = -high, -low, -bound
+    return ("upheld: " if low > bound else "not upheld: " if high <= bound else "not decided: ") + what
+
+def table(*rows):
+    """Lines of aligned columns from rows of strings, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + first.ljust(widths[0]) + "".join(map(str.rjust, rest, [width + 2 for width in widths[1:]]))
+            for first, *rest in rows]
+
+def stage_lines(stage, results):
+    """What a stage found, as lines: its table, then its claims, each beside its controls."""
+    columns, arms, lines = COLUMNS[stage].split(", "), results["arms"], ["", *results["about"]]
+    parts = {f"{name}, {part}": entry for name, arm in arms.items() for part, entry in arm.items()}
+    entries = {name: entry for name, entry in (arms | parts).items()
+               if isinstance(entry, dict) and columns[0] in entry}
+    lines += table(("arm", *columns), *((name, *(show(lookup(entry, where), where) for where in columns))
+                                        for name, entry in entries.items()))
+    for title, of, metrics, controls, decided in CLAIMS:
+        if of == stage:
+            lines += ["", f"claim {title}"]
+            for kind, figures in (("paper's metric", metrics), ("control", controls)):
+                for where in figures:
+                    figure = show(lookup(arms, where), where)
+                    lines.append(f"  {kind:16}{where.replace('/', ' '):52}{figure:>26}")
+                    kind = ""
+            lines.append(f"  {verdict(lookup(arms, controls[0]), *decided)}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ reconstruction
-# A claim of the paper stands under the paper's own metric and under the controls that could refute it. It is
-# data: what it says, the paper's value, and where its figures are, as STAGE/ARM/… for results/STAGE.json.
-
-CLAIMS = (
-    ("claim 1: joint training cuts the reconstruction error (paper: 41.3 %, mse 0.275 to 0.162)", (
-        ("paper's metric", "joint against its own SAE path", "recon/joint/gain/full/published"),
-        ("control", "joint against sae", "recon/joint/gain/full/matched"),
-        ("", "sae-2dec, exactly an SAE, against its own SAE path", "recon/sae-2dec/gain/full/published"),
-        ("", "sae-2dec against sae", "recon/sae-2dec/gain/full/matched"),
-        ("", "joint against sae-2dec", "recon/joint/gain/full/sae-2dec"),
-        ("", "joint against sae@matched, as many parameters", "recon/joint/gain/full/parameter_matched"))),
-    ("claim 2: an NFM on a trained SAE's residual cuts its error (paper: 23.4 % on validation)", (
-        ("paper's metric", "sequential against the cut SAE", "recon/sequential/gain/full/published"),
-        ("control", "residual-sae against the same", "recon/residual-sae/gain/full/published"),
-        ("", "sequential against the uncut sae", "recon/sequential/gain/full/matched"),
-        ("", "residual-sae against the uncut sae", "recon/residual-sae/gain/full/matched"))),
-    ("claim 3: the interaction is a small share of the NFM; paths sub-additive (paper: 6 %, 4.5 %)", (
-        ("paper's metric", "joint: interaction's share of mean |output|", "recon/joint/interaction_share"),
-        ("", "sequential: interaction's share of mean |output|", "recon/sequential/interaction_share"),
-        ("control", "joint: error cut by linear, added first", "recon/joint/gain/sae+linear/published"),
-        ("", "joint: by interaction, added first", "recon/joint/gain/sae+interaction/published"),
-        ("", "joint: the two first cuts less the cut by both", "recon/joint/cuts_less_joint_cut"),
-        ("", "joint: by linear, added last", "recon/joint/gain/full/without-linear"),
-        ("", "joint: by interaction, added last", "recon/joint/gain/full/without-interaction"),
-        ("", "joint against joint-linear", "recon/joint/gain/full/joint-linear"),
-        ("", "joint against joint-interaction", "recon/joint/gain/full/joint-interaction"),
-        ("", "joint-linear against sae", "recon/joint-linear/gain/full/matched"),
-        ("", "joint-interaction against sae", "recon/joint-interaction/gain/full/matched"),
-        ("", "joint-mlp, without a product, against sae", "recon/joint-mlp/gain/full/matched"))),
-    ("claim 4: the SAE alone explains most of the variance (paper: 86.4 %, mse 0.136)", (
-        ("paper's metric", "sae: 1 - mse, yet on documents held out", "recon/sae/explained/mse"),
-        ("control", "sae: 1 - fvu", "recon/sae/explained/fvu"),
-        ("", "sae: 1 - fvu in raw space", "recon/sae/explained/fvu_raw"),
-        ("", "sae: dead features", "recon/sae/dead"))),
-    ("claim 5: joint training cuts KL (paper: 51.9 %, linear 50.9, nonlinear 8.6), CE (26.2 % of all)", (
-        ("paper's metric", "KL, joint against its own SAE path", "kl/joint/full/cut/published"),
-        ("", "its linear path alone", "kl/joint/sae+linear/cut/published"),
-        ("", "its interaction alone", "kl/joint/sae+interaction/cut/published"),
-        ("", "CE, joint against its own SAE path, of all CE", "kl/joint/full/ce_cut_of_total"),
-        ("", "KL, sequential against the cut SAE (29.8 %)", "kl/sequential/full/cut/published"),
-        ("control", "KL, joint against sae", "kl/joint/full/cut/matched"),
-        ("", "KL, joint against sae@matched", "kl/joint/full/cut/parameter_matched"),
-        ("", "KL, sae-2dec against its own SAE path", "kl/sae-2dec/full/cut/published"),
-        ("", "CE recovered, sae", "kl/sae/full/ce_recovered"),
-        ("", "CE recovered, joint", "kl/joint/full/ce_recovered"))),
-    ("claim 6: SAE errors cost more than random ones of their size (paper: 299 % of the KL; 210 %)", (
-        ("paper's metric", "joint's own SAE path, KL over random error's", "kl/joint/sae/kl_over_random"),
-        ("", "sequential's cut SAE, KL over random error's", "kl/sequential/sae/kl_over_random"),
-        ("control", "sae, KL over random error's", "kl/sae/full/kl_over_random"),
-        ("", "joint in full, KL over random error's", "kl/joint/full/kl_over_random"))),
-    ("claim 7: the nonlinear path's 3 % of parameters give a sixth of the gain (paper: 8.6 of 51.9)", (
-        ("paper's metric", "KL, interaction added to the own SAE path",
-         "kl/joint/sae+interaction/cut/published"),
-        ("control", "KL, joint against joint-linear", "kl/joint/full/cut/joint-linear"),
-        ("", "KL, joint-mlp, without a product, against it", "kl/joint-mlp/full/cut/joint-linear"))))
-
-def percent(value):
-    """A share as text, "12.3 %"; one with its interval (value, low, high) as "12.3 % [11.0, 13.6]"."""
-    if isinstance(value, list):
-        return f"{100 * value[0]:.1f} % [{100 * value[1]:.1f}, {100 * value[2]:.1f}]"
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-def print_claims(stage, arms):
-    """Print the claims that a stage measures, from the arms' entries of its results."""
-    for claim, rows in CLAIMS:
-        if not rows[0][2].startswith(f"{stage}/"):
-            continue
-        print(f"\n{claim}")
-        for kind, label, where in rows:
-            value = arms
-            for key in where.split("/")[1:]:
-                value = value.get(key) if value else None
-            print(f"  {kind:16}{label:54}{percent(value):>24}")
 
 def arm_results(own, cuts, model):
     """An arm's entry in recon.json, from what evaluate and gains have of it."""
     entry = {measure: own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw")}
     entry["explained"] = {measure: 1 - value for measure, value in entry.items()}
     entry |= {key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
-    entry |= dict(l0=own["l0"], params=count_parameters(model), gain=cuts,
-                  improvement={label: value[0] for label, value in cuts["full"].items()})
-    if "sae" in own["mse"]:
-        entry |= dict(fvu_by_path=own["fvu"], mse_by_path=own["mse"], magnitude=own["magnitude"])
-    if len(own["magnitude"]) == 2:                        # the full path is the SAE and its one addition
+    entry |= dict(l0=own["l0"], params=count_parameters(model), magnitude=own["magnitude"], gain=cuts,
+                  fvu_by_path=own["fvu"],
+                  improvement={name: cuts["full"][label][0] for name, label in (
+                      ("published", "over own SAE path"), ("matched", "over sae"),
+                      ("parameter_matched", "over sae@matched")) if label in cuts["full"]})
+    if len(own["magnitude"]) == 2:                        # the SAE and its one addition
         entry["fvu_by_path"][f"sae+{[*own['magnitude']][1]}"] = own["fvu"]["full"]
     if "sae+interaction" in own["mse"]:
         linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
-        first = [cuts[path]["published"][0] for path in ("sae+linear", "sae+interaction", "full")]
+        first = [cuts[path]["over own SAE path"][0] for path in ("sae+linear", "sae+interaction", "full")]
         entry |= dict(interaction_share=interaction / (linear + interaction),
-                      cuts_less_joint_cut=first[0] + first[1] - first[2])
+                      sub_additive_by=first[0] + first[1] - first[2])
     return entry
 
-def open_arms(cfg, **options):
-    """What open_data gives, and the run's trained arms on its device, {name: model}. Raises UserError if one
-    does not fit the run, or if there is no `sae` to compare with."""
-    if not (cfg.run / "sae.safetensors").exists():
-        raise UserError(f"{cfg.run} has no trained arm `sae` to compare with: run the stage `train` first")
+def open_arms(cfg, *, needed=(), **options):
+    """What open_data gives, and the run's trained arms, {name: model}. Raises UserError if one does not fit
+    the run, or if `sae`, to compare with, or a needed one is not there."""
+    for name in ("sae", *needed):
+        if not (cfg.run / f"{name}.safetensors").exists():
+            raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
     data = open_data(cfg, **options)
     stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
     names = [stem for arm in ARMS for stem in stems if stem.partition("@")[0] == arm]
     return data, {name: load_arm_of(cfg, name, data.D) for name in names}
 
 def measure_recon(cfg):
-    """Errors of every arm on test documents: the contents of results/recon.json."""
+    """Stage `recon`: errors of every arm on test documents; claims 1 to 4 beside their controls."""
     data, models = open_arms(cfg)
     batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
     measured = evaluate(models, batches, std=data.standardiser.std)
     cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
-    return dict(tokens=measured["sae"]["tokens"], documents=len(measured["sae"]["sse"]["full"]),
-                arms={name: arm_results(measured[name], cuts[name], model) for name, model in models.items()})
-
-def run_recon(cfg):
-    """Stage `recon`: errors of every arm on test documents; prints claims 1 to 4 beside their controls."""
-    results = stage_results(cfg, lambda: measure_recon(cfg))
-    arms, paths = results["arms"], ("sae", "sae+linear", "sae+interaction", "sae+residual", "full")
-    print(f"\nReconstruction of {results['tokens']:,} tokens of {results['documents']} held-out documents, "
-          f"layer {cfg.layer}, after {cfg.tokens:,} training tokens, seed {cfg.seed}")
-    table(("arm", "parameters", "lr", "mse", "fvu", "fvu raw", "L0", "dead", "gain over sae [95 %]"), *(
-        (name, f"{a['params']:,}", f"{a['lr']:g}", *(f"{a[key]:.4f}" for key in ("mse", "fvu", "fvu_raw")),
-         f"{a['l0']:.1f}", percent(a["dead"]), percent(a["gain"]["full"].get("matched")))
-        for name, a in arms.items()))
-    print(f"  dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; intervals: "
-          f"bootstrap over documents, one training seed\n\nfvu by path")
-    by_path = {name: a["fvu_by_path"] for name, a in arms.items() if "fvu_by_path" in a}
-    table(("arm", *paths), *((name, *(f"{fvu[path]:.4f}" if path in fvu else "-" for path in paths))
-                             for name, fvu in by_path.items()))
-    print_claims("recon", arms)
-    print("\nConvergence: validation mse at each learning rate; training mse at the best, along the steps")
-    log, rows = read_log(cfg.run / "train.jsonl"), []
-    for name, a in arms.items():
-        curve = [e["mse"] for e in log if (e["arm"], e["lr"]) == (name, a["lr"])] or [math.nan]
-        along = [curve[math.ceil(share * len(curve)) - 1] for share in (0.25, 0.5, 0.75, 1)]
-        rows.append((name, *(f"{value:.4f}" for value in (*a["validation_mse"].values(), *along))))
-    table(("arm", *(f"lr {lr:g}" for lr in cfg.lr), "25 %", "50 %", "75 %", "100 %"), *rows)
+    arms = {name: arm_results(measured[name], cuts[name], model) for name, model in models.items()}
+    tokens, documents = measured["sae"]["tokens"], len(measured["sae"]["sse"]["full"])
     edge = [name for name, a in arms.items() if len(cfg.lr) > 1 and a["lr"] in (min(cfg.lr), max(cfg.lr))]
-    print(f"  training read {max((e['text_epoch'] for e in log), default=0)} epoch(s) of the text; best rate "
-          f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}")
+    return dict(tokens=tokens, documents=documents, arms=arms, about=[
+        f"Reconstruction of {tokens:,} tokens of {documents} held-out documents, layer {cfg.layer}, after "
+        f"{cfg.tokens:,} training tokens, seed {cfg.seed}; intervals: bootstrap over documents",
+        f"dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; best learning rate "
+        f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}"])
 
 
 # ------------------------------------------------------------------------------------------ kl
@@ -1343,11 +1224,9 @@ def run_recon(cfg):
 # isotropic error of its own size; a cut of KL stands beside `sae` too, not only beside the own SAE path.
 
 def kl_divergence(logits_p, logits_q):
-    """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…).
-    A few rows at a time, so that no third tensor of that size is made."""
-    parts = []
-    rows_p, rows_q = (logits.reshape(-1, logits.shape[-1]).split(256) for logits in (logits_p, logits_q))
-    for p, q in zip(rows_p, rows_q, strict=True):
+    """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…)."""
+    parts = []                                            # a few rows at a time: no third tensor of that size
+    for p, q in zip(logits_p.flatten(0, -2).split(256), logits_q.flatten(0, -2).split(256), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts).view(logits_p.shape[:-1])
@@ -1357,152 +1236,786 @@ def epsilon_random(x, x_hat, generator):
     direction = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
     return x + direction * ((x_hat - x).norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
 
+def replacements(models, standardiser, raw, generator):
+    """What is spliced in for raw (windows, positions, D): an iterator of (key of its sums, like raw)."""
+    yield ("clean", ""), raw
+    yield ("mean", ""), standardiser.mean.expand_as(raw)
+    x = standardiser.encode(raw).flatten(0, 1)
+    for name, model in models.items():
+        for path, x_hat in path_sums(model(x)).items():
+            new = standardiser.decode(x_hat).view_as(raw)
+            yield (name, path), new
+            yield (name, path, "random"), epsilon_random(raw, new, generator)
+
+def splice_in(data, layer, ids, new):
+    """Logits (windows, T, vocabulary) with `new` (windows, positions, D), in raw units, behind the first
+    `skip`."""
+    return splice(data.lm, layer, ids,
+                  lambda hidden: torch.cat([hidden[:, :data.skip], new.to(hidden.dtype)], 1))
+
+def splice_sums(data, layer, ids, clean, new):
+    """Sums over each window, (windows, 5), with `new` spliced in: KL from the clean logits, KL², tokens,
+    cross-entropy, and tokens that have a next one."""
+    logits = splice_in(data, layer, ids, new)
+    kl = kl_divergence(clean, logits)[:, data.skip:].double()
+    ce = torch.nn.functional.cross_entropy(
+        logits[:, data.skip:-1].transpose(1, 2).float(), ids[:, data.skip + 1:], reduction="none")
+    ones = torch.ones_like(kl)
+    return torch.stack([part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])], 1)
+
 def measure_kl(cfg):
-    """What each path of each arm costs the language model on test documents, as kl_results tells it.
-    Summed by document are KL, KL², tokens, cross-entropy, and tokens that have a next one."""
+    """Stage `kl`: KL and cross-entropy with each path spliced in; claims 5 to 7 beside their controls."""
     (data, models), sums = open_arms(cfg, whole=True), {}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    for tokens, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
-        read = []
-
-        def keep(hidden, read=read):
-            read.append(hidden)
-            return hidden
-        clean = splice(data.lm, cfg.layer, tokens, keep)
-        raw = read[0][:, data.skip:].float()              # (windows, tokens of each, D)
-
-        def score(key, new, tokens=tokens, numbers=numbers, clean=clean):
-            logits = splice(data.lm, cfg.layer, tokens, lambda hidden: torch.cat(
-                [hidden[:, :data.skip], new.view(len(tokens), -1, data.D).to(hidden.dtype)], 1))
-            kl = kl_divergence(clean, logits)[:, data.skip:].double()
-            ce = torch.nn.functional.cross_entropy(
-                logits[:, data.skip:-1].transpose(1, 2).float(), tokens[:, data.skip + 1:], reduction="none")
-            ones = torch.ones_like(kl)
-            row = [part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
-            add_by_document(sums, key, numbers, torch.stack(row, 1))
-        score(("clean", ""), raw)
-        score(("mean", ""), data.standardiser.mean.expand_as(raw))
-        x = data.standardiser.encode(raw).flatten(0, 1)
-        for name, model in models.items():
-            with torch.no_grad():
-                paths = path_sums(model(x))
-            for path, x_hat in paths.items():
-                new = data.standardiser.decode(x_hat).view_as(raw)
-                score((name, path), new)
-                score((name, path, "random"), epsilon_random(raw, new, generator))
+    for ids, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
+        clean = splice(data.lm, cfg.layer, ids, lambda hidden: hidden)
+        raw = capture(data.lm, cfg.layer, ids)[:, data.skip:].float()
+        for key, new in replacements(models, data.standardiser, raw, generator):
+            add_by_document(sums, key, numbers, splice_sums(data, cfg.layer, ids, clean, new))
     return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):
-    """The contents of results/kl.json, from measure_kl's sums. CE recovered is 1 for the clean model, 0 for
-    activations replaced by their mean. Each cut of KL stands with two p-values: the published test, unpaired,
-    over tokens as if they were independent, and the paired one over documents."""
+    """What kl.json holds, from sums {key: (documents, 5)}. CE recovered is 1 for the clean model, 0 for
+    activations replaced by their mean. A cut of KL has two p-values: the published test, unpaired, over
+    tokens as if they were independent, and the paired one, over documents."""
     from scipy.stats import ttest_ind_from_stats, ttest_rel
-    means = {key: (total[:, 0].sum() / total[:, 2].sum(), total[:, 3].sum() / total[:, 4].sum())
-             for key, total in sums.items()}
-
+    kl, ce = ({key: total[:, at].sum() / total[:, count].sum() for key, total in sums.items()}
+              for at, count in ((0, 2), (3, 4)))
+    clean, lost, arms = ce["clean", ""], ce["mean", ""], {}
     def moments(key):
-        kl, square, tokens = sums[key][:, :3].sum(0)
-        return kl / tokens, (max(0.0, square - kl ** 2 / tokens) / max(1, tokens - 1)) ** 0.5, tokens
-    (identity, clean), (lost_kl, lost), arms = means["clean", ""], means["mean", ""], {}
-    spliced = {key: total[:, 0] for key, total in sums.items() if len(key) == 2 and key[1]}
-    for name, paths in gains(spliced).items():
-        for path, cut in paths.items():
-            key, (kl, ce) = (name, path), means[name, path]
-            arms.setdefault(name, {})[path] = entry = dict(
-                kl=kl, ce=ce, kl_over_random=kl / means[name, path, "random"][0], excess_ce=ce - clean,
-                ce_recovered=(lost - ce) / (lost - clean), cut=cut, p={})
-            for label in cut:
-                base = (BASES[label][0] or name, BASES[label][1])
-                by_document = [sums[which][:, 0] / sums[which][:, 2] for which in (key, base)]
-                entry["p"][label] = dict(
-                    published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
+        total, square, tokens = sums[key][:, :3].sum(0)
+        return total / tokens, (max(0.0, square - total ** 2 / tokens) / max(1, tokens - 1)) ** 0.5, tokens
+    def p_values(key, base):
+        by_document = [sums[which][:, 0] / sums[which][:, 2] for which in (key, base)]
+        return dict(published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
                     paired=float(ttest_rel(*by_document).pvalue))
-            if "published" in cut:
-                entry["ce_cut_of_total"] = 1 - ce / means[name, "sae"][1]
-    return dict(arms=arms, clean_ce=clean, mean_ablated=dict(kl=lost_kl, ce=lost), identity_kl=identity,
-                tokens=int(sums["clean", ""][:, 2].sum()), documents=len(sums["clean", ""]))
+    by_path = {key: total[:, 0] for key, total in sums.items() if len(key) == 2 and key[1]}
+    for name, cuts in gains(by_path).items():
+        for path, cut in cuts.items():
+            key = name, path
+            less, low, high = gain(by_path[key], sums[name, path, "random"][:, 0])
+            arms.setdefault(name, {})[path] = entry = dict(
+                kl=kl[key], ce=ce[key], kl_random=kl[*key, "random"], kl_over_random=1 - less,
+                over_random=[1 - less, 1 - high, 1 - low],
+                excess_ce=ce[key] - clean, ce_recovered=(lost - ce[key]) / (lost - clean), cut=cut,
+                p={label: p_values(key, (BASES[label][0] or name, BASES[label][1])) for label in cut})
+            if "over own SAE path" in cut:
+                entry["ce_cut_of_total"] = 1 - ce[key] / ce[name, "sae"]
+    tokens, documents = int(sums["clean", ""][:, 2].sum()), len(sums["clean", ""])
+    about = [f"Splicing on {tokens:,} tokens of {documents} held-out documents; clean CE {clean:.4f}, "
+             f"mean-ablated CE {lost:.4f}"]
+    return dict(arms=arms, clean_ce=clean, mean_ablated=dict(kl=kl["mean", ""], ce=lost), about=about,
+                identity_kl=kl["clean", ""], tokens=tokens, documents=documents)
 
-def run_kl(cfg):
-    """Stage `kl`: KL and cross-entropy with each path spliced in; prints claims 5 to 7 and their controls."""
-    results = stage_results(cfg, lambda: measure_kl(cfg))
-    arms = results["arms"]
-    print(f"\nSplicing on {results['tokens']:,} tokens of {results['documents']} held-out documents; clean "
-          f"CE {results['clean_ce']:.4f}, mean-ablated CE {results['mean_ablated']['ce']:.4f}")
-    table(("arm, path", "KL", "over random's", "excess CE", "CE recovered", "KL cut against sae [95 %]"), *(
-        (f"{name}, {path}", f"{p['kl']:.4f}", f"{p['kl_over_random']:.2f}", f"{p['excess_ce']:.4f}",
-         percent(p["ce_recovered"]), percent(p["cut"].get("matched")))
-        for name, paths in arms.items() for path, p in paths.items()))
-    print_claims("kl", arms)
+
+# ------------------------------------------------------------------------------------------ structure
+# Claims 8 to 10 and 13: what the weights look like. A norm says little by itself. Every decoder row starts at
+# a squared norm of D/(3F), every row of W_lin and V at .01√D and .05√K, so that a small one may be a row that
+# hardly trained; the shares that the paper correlates with a norm contain it; what decodes is W_dec + W_lin.
+
+def gram_stats(W, *, block=2048):
+    """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std and
+    largest size of the product and cosine of two rows; spectrum (width,), exact centred principal variances,
+    first_50, the share of fifty, components_90, how many hold 90 %, and components_90_published, of the top
+    1,000, uncentred."""
+    F, squared, moments, found = len(W), W.square().sum(1), 0, {"product": [], "cosine": []}
+    scale = squared.clamp_min(1e-30).rsqrt()
+    for at in range(0, F, block):
+        rows = W[at:at + block]
+        moments = moments + rows.double().T @ rows.double()
+        pairs = (rows @ W[at:].T).triu_(1)                # each pair once, no row with itself
+        for kind, sums in found.items():
+            if kind == "cosine":
+                pairs *= scale[at:at + block, None] * scale[at:]
+            sums.append([pairs.sum(dtype=torch.float64).item(), pairs.abs().max().item(),
+                         pairs.square().sum(dtype=torch.float64).item()])
+    def components(variances):
+        return 1 + int((variances.cumsum(0) < 0.9 * variances.sum() * (1 - 1e-9)).sum())
+    stats, centre = dict(squared_norms=squared), W.double().mean(0)
+    for kind, sums in found.items():
+        mean, _, squares = np.sum(sums, 0) / (F * (F - 1) / 2)
+        stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(sums, 0)[1])
+    spectrum, uncentred = (torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
+                           for matrix in (moments - F * torch.outer(centre, centre), moments))
+    return stats | dict(
+        spectrum=spectrum, first_50=(spectrum[:50].sum() / spectrum.sum()).item(),
+        components_90=components(spectrum), components_90_published=components(uncentred[:1000]))
+
+def find_modes(squared_norms, *, resamples=300, seed=0):
+    """Modes of squared norms (F,) on a log scale, by a Gaussian kernel density: how many peaks rise by a
+    twentieth of the highest, the antimode between the two highest (or None); bimodality, Sarle's (skewness² +
+    1) / kurtosis (5/9 for a uniform density), and bootstrap resamples of it."""
+    from scipy import signal, stats
+    logs, rng = np.log10(squared_norms), np.random.default_rng(seed)
+    grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
+    density = stats.gaussian_kde(logs)(grid)
+    peaks = signal.find_peaks(density, prominence=density.max() / 20)[0]
+    low, high = sorted(peaks[density[peaks].argsort()[-2:]]) if len(peaks) > 1 else (0, 0)
+    antimode = float(10 ** grid[low + density[low:high].argmin()]) if high else None
+    own, *drawn = (float((stats.skew(y) ** 2 + 1) / stats.kurtosis(y, fisher=False))
+                   for y in (logs, *(rng.choice(logs, len(logs)) for _ in range(resamples))))
+    return dict(modes=len(peaks), antimode=antimode, bimodality=own, resamples=np.array(drawn))
+
+def norm_shares(dec, lin, V, untouched, *, shuffles=200, seed=0):
+    """Claim 9 on the norms (F,) of the rows of W_dec, W_lin, V, as published; for `untouched` (lin, V), of
+    before training; and for (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r:
+    Spearman's, of dec with the shares of the norms' sum, {nfm (lin and V), linear, interaction, residual: …};
+    shares: their means below and above a dec² of 0.2, where the paper parts them, then in 20 bins of dec²."""
+    from scipy.stats import spearmanr
+    names, rng = ("nfm", "linear", "interaction", "residual"), np.random.default_rng(seed)
+    groups = [dec ** 2 < 0.2, dec ** 2 >= 0.2, *np.array_split(dec.argsort(), min(20, len(dec)))]
+    def describe(lin, V):
+        shares = [norm / (dec + lin + V) for norm in (lin + V, lin, V, dec)]
+        return ([float(spearmanr(dec, share).statistic) for share in shares],
+                [[float(share[of].mean()) if share[of].size else None for of in groups] for share in shares])
+    orders = [rng.permutation(len(dec)) for _ in range(shuffles)]
+    shuffled = [describe(lin[order], V[order]) for order in orders]
+    r_shuffled, band = (np.percentile(values, (50, 2.5, 97.5), axis=0).T.tolist() for values in (
+        [r for r, _ in shuffled], [shares[0][2:] for _, shares in shuffled]))
+    result = dict(r_shuffled=dict(zip(names, r_shuffled, strict=True)), nfm_shuffled=band,
+                  bins=[float((dec[of] ** 2).mean()) for of in groups[2:]])
+    for label, norms in (("", (lin, V)), ("_untouched", untouched)):
+        for key, values in zip(("r", "shares"), describe(*norms), strict=True):
+            result[key + label] = dict(zip(names, values, strict=True))
+    return result | dict(r_less_shuffled=result["r"]["nfm"] - r_shuffled[0][1], r_norms=dict(
+        linear=float(spearmanr(dec, lin).statistic), interaction=float(spearmanr(dec, V).statistic)))
+
+@torch.no_grad()
+def feature_use(model, batches):
+    """How an arm uses its features, a token: {path ("sae", "linear"): (3, F)}, the share of tokens that kept
+    one, its mean value, and the squared error that cutting it would add."""
+    F, tokens, use, paths = model.sae.F, 0, {}, {"sae": (model.sae.k, model.sae.W_dec)}
+    if model.nfm:
+        paths["linear"] = model.nfm.n, model.nfm.W_lin
+    for x, _ in batches:
+        values, indices = model.sae.encode(x)
+        error, tokens = sum(model(x).values()) - x, tokens + len(x)
+        for path, (kept, W) in paths.items():
+            f, ids = values[:, :kept].contiguous(), indices[:, :kept].contiguous()
+            fires, value, squares = (torch.bincount(ids.flatten(), each.double().flatten(), F)
+                                     for each in (f > 0, f, f.square()))
+            overlap = (sparse_outer(f, ids, error, F) * W).sum(1)
+            added = squares * W.square().sum(1) - 2 * overlap              # |e - f w|² - |e|²
+            use[path] = use.get(path, 0) + torch.stack([fires, value, added])
+    return {path: (total / tokens).cpu().numpy() for path, total in use.items()}
+
+def cost_exponent(interaction, n):
+    """p in cost ~ n**p of an interaction function, from its best time of five at n and at 4 n features."""
+    times = []
+    for size in (n, 4 * n):
+        code = torch.rand(256, size), torch.randint(1024, (256, size)), torch.rand(1024, 32)
+        times.append(min(timeit.repeat(functools.partial(interaction, *code), number=1, repeat=5)))
+    return math.log(times[1] / times[0], 4)
+
+def measure_decoder(W, W_start, use, seed):
+    """What gram.json says of a decoder W (F, D), of where it started, and of its features' use; and
+    resamples."""
+    stats, norm, (F, D) = gram_stats(W), W.norm(dim=1).cpu().numpy(), W.shape
+    squared, spectrum = (stats.pop(key).cpu().numpy() for key in ("squared_norms", "spectrum"))
+    stats |= find_modes(squared, seed=seed)
+    resamples, boundary, (fires, value, added) = stats.pop("resamples"), stats["antimode"] or 0.2, use
+    active = value / np.maximum(fires, 1e-30)             # its mean where it fires
+    columns = dict(fires=fires, value=active, moved=(W - W_start).norm(dim=1).cpu().numpy(), norm=norm,
+                   scale_free=norm * active, function=norm * value, ablation=added / D)
+    for label, here in (("below", squared < boundary), ("above", squared >= boundary)):
+        if here.any():
+            stats[f"norm² {label} {boundary:.2g}"] = dict(features=int(here.sum())) | {
+                key: float(column[here].mean()) for key, column in columns.items()}
+    counts, edges = np.histogram(np.log10(squared), 60)
+    return stats | {"below_0.2": float((squared < 0.2).mean()), "initial_squared_norm": D / (3 * F),
+                    "negative": (W < 0).double().mean().item(), "explained": (
+                        spectrum.cumsum() / spectrum.sum()).tolist(),
+                    "edges": (10 ** edges).tolist(), "counts": counts.tolist()}, resamples
+
+def measure_gram(cfg):
+    """Stage `gram`: decoders of sae and joint after the same tokens; claims 8 to 10 and 13 beside their
+    controls."""
+    from scipy.stats import spearmanr
+    (data, models), arms, resamples = open_arms(cfg, needed=("joint",)), {}, {}
+    torch.manual_seed(cfg.seed)                           # where the training of both started from
+    start = make_arm("joint", **sizes_of(cfg, data.D)).to(cfg.device).requires_grad_(False)
+    joint, sae = models["joint"], models["sae"]
+    use = {arm: feature_use(models[arm], held_out_batches(cfg, data, "test", cfg.eval_tokens))
+           for arm in ("sae", "joint")}
+    for name, W, W_start in (
+            ("sae", sae.sae.W_dec, start.sae.W_dec), ("joint", joint.sae.W_dec, start.sae.W_dec),
+            ("joint folded", joint.sae.W_dec + joint.nfm.W_lin, start.sae.W_dec + start.nfm.W_lin)):
+        arms[name], resamples[name] = measure_decoder(W, W_start, use[name.split()[0]]["sae"], cfg.seed)
+    (dec, lin, V), (_, *untouched) = (
+        [W.norm(dim=1).cpu().numpy() for W in (m.sae.W_dec, m.nfm.W_lin, m.nfm.V)] for m in (joint, start))
+    f_dec, f_lin = dec * use["joint"]["sae"][1], lin * use["joint"]["linear"][1]
+    by_function = float(spearmanr(dec, f_lin / np.maximum(f_dec + f_lin, 1e-30)).statistic)
+    low, high = np.percentile(resamples["joint"] - resamples["sae"], (2.5, 97.5)).tolist()
+    arms["joint"] |= dict(
+        share=norm_shares(dec, lin, V, untouched, seed=cfg.seed) | dict(r_function=by_function),
+        bimodality_less_sae=[arms["joint"]["bimodality"] - arms["sae"]["bimodality"], low, high],
+        cost_exponent=dict(pairwise=cost_exponent(fm_interaction_pairwise, 16),
+                           identity=cost_exponent(fm_interaction, 256)))
+    arms["joint folded"]["first_50_less_sae"] = arms["joint folded"]["first_50"] - arms["sae"]["first_50"]
+    about = ["Decoder rows by squared norm: below and above the antimode, or else 0.2"]
+    for name, arm in arms.items():
+        groups = [entry for part, entry in arm.items() if part.startswith("norm²")]
+        if len(groups) == 2:
+            fires, moved = (groups[0][key] / groups[1][key] for key in ("fires", "moved"))
+            about.append(f"{name}: features of low norm fire {fires:.2f} times as often as the others, and "
+                         f"moved {moved:.2f} times as far")
+    return dict(arms=arms, about=about)
+
+
+# ------------------------------------------------------------------------------------------ secondary
+# Claim 12: a second TopK SAE decomposes m, what the interaction holds behind its first matrix; its features
+# are meant to be combinations. The same loop trains it, on the same stream, read by an encoder that goes on
+# to m.
+
+def secondary_of(cfg, name, model, data):
+    """The secondary SAE of an arm, which stage `secondary` trains, and what open_data gives, but for m: D is
+    K, and the standardiser takes raw activations to standardised m. Raises UserError if there is none."""
+    path, K, mine = cfg.run / f"{name}.secondary.safetensors", cfg.embedding, copy.copy(data)
+    def read(raw):
+        return model.nfm.post_mlp1(*model.sae.encode(data.standardiser.encode(raw)))
+    mine.D = K
+    if not path.exists() and cfg.stage != "secondary":
+        raise UserError(f"there is no {path}: run the stage `secondary` first")
+    if not path.exists():
+        own = types.SimpleNamespace(**vars(cfg) | dict(features=25 * K, k=max(1, K // 2)))   # k: 2 % of them
+        stream = data.stream("train")
+        mine.standardiser, _ = estimate_standardiser(data.lm, cfg.layer, stream, skip=data.skip, read=read)
+        train_pass(own, mine, {path.stem: [new_candidate(own, path.stem, lr, K) for lr in cfg.lr]})
+    secondary = load_arm(path).to(cfg.device)
+    mine.standardiser = Standardiser(secondary.standardiser.mean, secondary.standardiser.std, read)
+    return secondary, mine
+
+def secondary_code(secondary, m):
+    """Dense features of a secondary SAE: m (B, K) -> (B, 25·K)."""
+    values, indices = secondary.sae.encode(secondary.standardiser.encode(m))
+    return values.new_zeros(len(m), secondary.sae.F).scatter_add(1, indices, values)
+
+def measure_secondary(cfg):
+    """Stage `secondary`: a TopK SAE on the m of joint and of sequential; claim 12 beside its controls."""
+    (data, models), arms = open_arms(cfg, needed=("joint",)), {}
+    for name in filter(models.__contains__, ("joint", "sequential")):
+        model, (secondary, mine) = models[name], secondary_of(cfg, name, models[name], data)
+        def reconstructed(m, model=model, secondary=secondary):      # x_int behind the reconstruction of m
+            m_hat = secondary(secondary.standardiser.encode(m))["sae"]
+            return model.nfm.interaction(secondary.standardiser.decode(m_hat))
+        replaced = copy.deepcopy(model)
+        replaced.nfm.interaction = reconstructed
+        of_m, of_x = (
+            evaluate(those, held_out_batches(cfg, of, "test", cfg.eval_tokens), std=of.standardiser.std)
+            for those, of in (({"m": secondary}, mine), ({"m": model, "m_hat": replaced}, data)))
+        values, indices = model.sae.encode(next(held_out_batches(cfg, data, "test", cfg.eval_tokens))[0])
+        none, one, two = (secondary_code(secondary, model.nfm.post_mlp1(       # of a token's largest features
+            values[:, :2] * values.new_tensor(kept), indices[:, :2])) for kept in ([0, 0], [1, 0], [1, 1]))
+        arms[name] = dict(
+            features=secondary.sae.F, fvu=of_m["m"]["fvu"]["full"], dead=secondary.config["dead"],
+            mse=of_x["m"]["mse"]["full"], mse_replaced=of_x["m_hat"]["mse"]["full"],
+            mse_without=of_x["m"]["mse"]["sae+linear"],
+            **{f"moved_by_{label}": ((code - none).abs() > 1e-3).any(0).double().mean().item()
+               for label, code in (("one", one), ("two", two))})
+    return dict(arms=arms, about=["Secondary SAEs: 25·K features on standardised m, the tokens of the arms"])
+
+
+# ------------------------------------------------------------------------------------------ anova
+# Claim 11: clamp one secondary feature, and see whether two factors of a text interact in what the language
+# model says next. The paper looks at the logits of four lists of words. But any fixed vector moves four lists
+# non-additively: that shows no integration by itself, and stands beside random directions and other features
+# through the same recipe. What can show it is whether the clamp does more in some cells, such as formal and
+# emotional sentences, than the two factors add up to. Openings and continuations are crossed, so that no word
+# goes with one factor by accident; features are chosen on one half of the sentences and tested on the other.
+
+STIMULI = {   # two factors of two levels each: openings vary the first, continuations the second
+    "docs": dict(
+        openings=dict(
+            reference=["Return type and behavior:", "Class reference:", "Method of the base class:",
+                       "Function signature and result:", "Attributes and values:", "Low level interface:"],
+            tutorial=["In this example we see that", "Let us try it now:", "As you can see below,",
+                      "First, you can check that", "Suppose you run it:", "To get started, note that"]),
+        continuations=dict(
+            error=["the call raises a ValueError for this input", "an exception is raised if shapes differ",
+                   "the operation fails on empty arrays", "a warning is issued, the result is nan",
+                   "it is not supported and raises a TypeError", "the index is out of bounds"],
+            success=["the call returns a new array of the same shape", "the result has the given dtype",
+                     "the values are sorted along the last axis", "the output is as large as the input",
+                     "it is equal to the sum of the elements", "the matrix is computed in place"]),
+        words={"reference/error": "raise error exception warning deprecated nan None empty",
+               "reference/success": "returns array dtype axis shape object default float",
+               "tutorial/error": "not cannot fail but errors zero negative should",
+               "tutorial/success": "example we you see use now can here"},
+        prompts=["The following is", "It is the", "This value and the", "See also the", "For the input of"]),
+    "formality-emotion": dict(
+        openings=dict(
+            formal=["The committee wishes to state that", "We hereby inform you that", "It is noted that",
+                    "The undersigned confirms that", "Please be advised that", "The board concluded that"],
+            informal=["Hey, so guess what,", "Ok look, honestly,", "Dude, I swear", "Yeah so anyway,",
+                      "You know what,", "Oh man, turns out"]),
+        continuations=dict(
+            emotional=["they are heartbroken about the loss", "everyone is terrified of the storm",
+                       "the family is so happy about the baby", "she is furious about the lie",
+                       "he loves this old house so much", "the children cried all night"],
+            neutral=["the meeting starts at noon", "the paper has ten pages", "the office is upstairs",
+                     "the train leaves at six", "the table is made of wood", "the box is next to the door"]),
+        words={"formal/emotional": "grief sorrow gratitude delighted anguish admiration joy regret",
+               "formal/neutral": "document procedure committee report item provision notice therefore",
+               "informal/emotional": "love hate awesome crazy sad happy mad scared",
+               "informal/neutral": "stuff thing guy okay bit kind lot got"},
+        prompts=["The next word is", "It was the", "They said that the", "This is about the", "And then a"])}
+
+def load_stimuli(source):
+    """Stimuli by name, or from a JSON file of the same form. UserError naming the cell that is malformed."""
+    stimuli = STIMULI.get(source) or read_json(source)
+    lists, levels = {"prompts": stimuli.get("prompts")}, []
+    for part in ("openings", "continuations"):
+        named = stimuli.get(part) if isinstance(stimuli.get(part), dict) else {}
+        sizes = {len(texts) if isinstance(texts, list) else 0 for texts in named.values()}
+        if len(named) != 2 or len(sizes) != 1 or min(sizes) < 4 or min(sizes) % 2:
+            raise UserError(f"stimuli {source}: {part!r} must be two levels, lists of 4, 6, … strings each")
+        lists |= {f"{part}/{level}": texts for level, texts in named.items()}
+        levels.append(list(named))
+    words = stimuli.get("words") if isinstance(stimuli.get("words"), dict) else {}
+    words = {cell: words.get(cell) for cell in map("/".join, itertools.product(*levels))}
+    words = {cell: texts.split() if isinstance(texts, str) else texts for cell, texts in words.items()}
+    for cell, texts in (lists | {f"words/{cell}": texts for cell, texts in words.items()}).items():
+        if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
+            raise UserError(f"stimuli {source}: {cell!r} must be a list of strings")
+    return stimuli | dict(words=words)
+
+def word_tokens(tokenizer, words, source):
+    """A word stands for its first token after a space: {cell: words} -> ({cell: ids}, words that are dropped,
+    their token being unknown or shared). Raises UserError where fewer than 4 are left in a cell."""
+    def first(word):
+        bare, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
+        return ids[len(bare)] if len(ids) > len(bare) else tokenizer.unk_token_id
+    ids = {cell: [first(word) for word in listed] for cell, listed in words.items()}
+    every = [token for tokens in ids.values() for token in tokens]
+    bad = {token for token in every if every.count(token) > 1} | {None, tokenizer.unk_token_id}
+    kept = {cell: [token for token in tokens if token not in bad] for cell, tokens in ids.items()}
+    if short := [f"{cell} ({len(tokens)})" for cell, tokens in kept.items() if len(tokens) < 4]:
+        raise UserError(f"stimuli {source}: fewer than 4 words have own tokens in {', '.join(short)}")
+    return kept, [word for cell in words for word, token in zip(words[cell], ids[cell], strict=True)
+                  if token in bad]
+
+def fitted(y, *effects):
+    """Least-squares fit of y (units, …) by a constant and effects, label arrays (units,), coded by their
+    levels."""
+    X = np.hstack([np.ones((len(y), 1))] + [np.equal.outer(labels, np.unique(labels)) for labels in effects])
+    return X @ np.linalg.lstsq(X, y)[0]
+
+def two_way_anova(y, a, b):
+    """Two-way ANOVA: y (units,) or (units, columns), labels a, b (units,) -> F_a p_a F_b p_b F_ab p_ab and
+    eta2_ab (partial), one for each column. Type II where unbalanced: a main effect beyond the other one, not
+    beyond the interaction (Yates, 1934); the error is the full model's. ValueError for an empty cell, or if
+    none has two."""
+    from scipy.stats import f as f_distribution
+    (_, a), (_, b) = (np.unique(labels, return_inverse=True) for labels in (a, b))
+    y, cell, n_a, n_b = np.asarray(y, dtype=float), a * (b.max() + 1) + b, a.max() + 1, b.max() + 1
+    freedom = len(y) - n_a * n_b
+    if len(np.unique(cell)) < n_a * n_b or not freedom:
+        raise ValueError("every cell needs a unit, and one of them two")
+    no_a, no_b, additive, error = (((y - fitted(y, *effects)) ** 2).sum(0)
+                                   for effects in ([b], [a], [a, b], [cell]))
+    result = dict(eta2_ab=(additive - error) / np.maximum(additive, 1e-300))
+    for name, gone, df in (("a", no_a - additive, n_a - 1), ("b", no_b - additive, n_b - 1),
+                           ("ab", additive - error, (n_a - 1) * (n_b - 1))):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result[f"F_{name}"] = gone / df / (error / freedom)
+        result[f"p_{name}"] = f_distribution.sf(result[f"F_{name}"], df, freedom)
+    return result
+
+def freedman_lane(y, a, b, *, permutations=999, seed=0):
+    """Permutation p of the interaction: y, a, b (units,). What the additive model leaves of y is permuted and
+    put back on its fit (Freedman and Lane, 1983)."""
+    rng, fit = np.random.default_rng(seed), fitted(y, a, b)
+    left = np.stack([y - fit] + [rng.permutation(y - fit) for _ in range(permutations)], 1)
+    statistic = two_way_anova(fit[:, None] + left, a, b)["F_ab"]
+    return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
+
+def crossed_p(y):
+    """p of an interaction in y (openings, continuations), the first half of each of one level. The cells of
+    an opening, or of a continuation, are not independent: two t-tests, on one contrast for each opening and
+    on one for each continuation, of which the larger p counts (Clark, 1973)."""
+    from scipy.stats import ttest_ind
+    def halves(values):
+        return np.split(values, 2, axis=-1)
+    contrasts = (first.mean(1) - second.mean(1) for first, second in (halves(y), halves(y.T)))
+    return float(max(ttest_ind(*halves(each)).pvalue for each in contrasts))
+
+def spliced_texts(cfg, data, model, secondary, texts):
+    """Texts with x_hat spliced in behind the first position, as a namespace: `of` (rows,), the text that each
+    such position belongs to, -1 on padding; codes, of "secondary" and of "primary" features, these as the NFM
+    reads them, (rows, features), 0 on padding; logits(secondary=change of m, primary=change of x_hat),
+    (texts, vocabulary), of the token after each text."""
+    bos = data.tokenizer.bos_token_id
+    ids = [[bos] * (bos is not None) + data.tokenizer(text, add_special_tokens=False)["input_ids"]
+           for text in texts]
+    length, numbers = torch.tensor([len(row) for row in ids]), torch.arange(len(ids))
+    tokens = torch.tensor([row + [0] * (int(length.max()) - len(row)) for row in ids], device=cfg.device)
+    real = torch.arange(data.skip, tokens.shape[1]) < length[:, None]
+    of = torch.where(real, numbers[:, None], -1).flatten().to(cfg.device)
+    x = data.standardiser.encode(capture(data.lm, cfg.layer, tokens)[:, data.skip:].float()).flatten(0, 1)
+    values, indices = model.sae.encode(x)
+    parts, m, n = model(x), model.nfm.post_mlp1(values, indices), model.nfm.n
+    primary = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices[:, :n], values[:, :n])
+    codes = {"secondary": secondary_code(secondary, m), "primary": primary}
+    def logits(secondary=0.0, primary=0.0):
+        x_hat = parts["sae"] + parts["linear"] + model.nfm.interaction(m + secondary) + primary
+        new = data.standardiser.decode(x_hat).view(len(ids), -1, data.D)
+        return splice_in(data, cfg.layer, tokens, new)[numbers, length - 1].float()
+    return types.SimpleNamespace(
+        of=of, logits=logits, codes={path: code * (of >= 0)[:, None] for path, code in codes.items()})
+
+def choose_features(found, tested, prompts, a, b):
+    """Features that one half of the stimuli points at, {why: (path, feature)}: of secondary ones, that which
+    varies most over the four cells and that of the largest interaction F; of primary ones, that of the
+    largest F (t²) for each factor. Only of those active in both a prompt and a sentence of the other half;
+    and how often they are, {path: (features,)}. Raises UserError if none is."""
+    chosen, activity = {}, {}
+    for path, code in tested.codes.items():
+        in_both = (code[tested.of < prompts] > 0).any(0) & (code[tested.of >= prompts] > 0).any(0)
+        activity[path] = ((code > 0).sum(0) * in_both).cpu().numpy()
+        if not in_both.any():
+            raise UserError(f"no {path} feature is active both in a prompt and in a sentence")
+        sums = code.new_zeros(1 + len(a), code.shape[1]).index_add_(0, found.of + 1, found.codes[path])
+        means = (sums / torch.bincount(found.of + 1, minlength=1 + len(a))[:, None])[1:].cpu().numpy()
+        anova, cells = two_way_anova(means, a, b), [means[2 * a + b == cell].mean(0) for cell in range(4)]
+        scores = {"secondary": dict(variance=np.var(cells, axis=0), interaction=anova["F_ab"]),
+                  "primary": {"first factor": anova["F_a"], "second factor": anova["F_b"]}}[path]
+        for why, score in scores.items():
+            chosen[why] = path, int(np.where(activity[path] > 0, np.nan_to_num(score), -1).argmax())
+    return chosen, activity
+
+def measure_clamps(cfg, data, model, secondary, stimuli, words):
+    """Claim 11 for one arm and one set of stimuli: {why chosen: results} of features chosen on one half of
+    the stimuli and clamped to -4 times themselves on the other, beside their nulls. Raises UserError if none
+    can be."""
+    halves, prompts = [], len(stimuli["prompts"])
+    for half in (0, 1):
+        firsts, seconds = (np.concatenate([np.split(np.array(texts), 2)[half] for texts in level.values()])
+                           for level in (stimuli["openings"], stimuli["continuations"]))
+        halves.append([f"{first} {second}" for first in firsts for second in seconds])
+    shape = len(firsts), len(seconds)
+    a, b = (np.indices(shape) * 2 // np.reshape(shape, (2, 1, 1))).reshape(2, -1)   # levels of each sentence
+    cell = np.repeat(range(4), [len(tokens) for tokens in words.values()])          # of each word
+    word_ids, generator = list(itertools.chain(*words.values())), torch.Generator().manual_seed(cfg.seed)
+    signs = torch.tensor(np.array([1, -1, -1, 1])[cell] / np.bincount(cell)[cell], dtype=torch.float32)
+    found, tested = (spliced_texts(cfg, data, model, secondary, texts)
+                     for texts in (halves[0], stimuli["prompts"] + halves[1]))
+    chosen, activity = choose_features(found, tested, prompts, a, b)
+    rows = {"secondary": secondary.sae.W_dec * secondary.standardiser.std, "primary": model.nfm.W_lin}
+    unclamped = tested.logits()
+
+    @functools.cache
+    def clamp(path, feature, c=-4, direction=None):
+        """Effects on the words' logits, over prompts, and on the token after each sentence."""
+        row = rows[path][feature] if direction is None else direction
+        logits = tested.logits(**{path: (c - 1) * tested.codes[path][:, feature, None] * row})
+        moved = (logits - unclamped)[:, word_ids].cpu()
+        return dict(words=moved[:prompts].mean(0).numpy(), contrast=(moved[prompts:] @ signs).numpy(),
+                    kl=kl_divergence(unclamped, logits)[prompts:].cpu().numpy())
+
+    def nulls_of(path, feature):
+        row, v = rows[path][feature], torch.randn(100, rows[path].shape[1], generator=generator)
+        directions = (v * row.norm().cpu() / v.norm(dim=1, keepdim=True)).to(row)
+        nulls = {"random": [clamp(path, feature, direction=direction) for direction in directions]}
+        for other, counts in activity.items():            # nearest in activity first
+            near = np.argsort(abs(counts - activity[path][feature]), kind="stable").tolist()
+            same = [(other, i) for i in near if counts[i] and (other, i) != (path, feature)]
+            nulls[other] = [clamp(*each) for each in same[:100]]
+        return nulls
+
+    def compare(path, feature):
+        own, nulls = clamp(path, feature), nulls_of(path, feature)
+        dose = {c: clamp(path, feature, c)["words"] for c in (-4, 0, 1, 4)}
+        result = dict(feature=feature, nulls={null: len(many) for null, many in nulls.items()}, dose={
+            c: [float(moved[cell == k].mean()) for k in range(4)] for c, moved in dose.items()})
+        for measure, labels in (("words", (cell // 2, cell % 2)), ("kl", (a, b)), ("contrast", (a, b))):
+            y = own[measure]
+            result[measure] = entry = {key: float(value) for key, value in two_way_anova(y, *labels).items()}
+            if measure == "words":
+                entry["p_permuted"] = freedman_lane(y, *labels, seed=cfg.seed)
+            else:
+                entry["p_crossed"] = crossed_p(y.reshape(shape))
+            for null, many in nulls.items():
+                F = np.array([two_way_anova(each[measure], *labels)["F_ab"] for each in many])
+                entry[f"p_{null}"] = float((1 + (F >= entry["F_ab"]).sum()) / (1 + len(many)))
+        return result
+    return {why: compare(*which) for why, which in chosen.items()} | dict(cells=list(words))
+
+def measure_anova(cfg):
+    """Stage `anova`: clamp secondary features on texts of two crossed factors; claim 11 beside its
+    controls."""
+    sets, arms = {source: load_stimuli(source) for source in cfg.stimuli.split(",")}, {}
+    data, models = open_arms(cfg, needed=("joint",), whole=True)
+    pairs = {name: (models[name], secondary_of(cfg, name, models[name], data)[0])
+             for name in ("joint", "sequential") if name in models}
+    about = ["Clamping to -4 times. `words` alone shows no integration: any fixed vector moves four lists of "
+             "words non-additively.", "Effects proportional to |c - 1| are one observation, however many "
+             "multipliers c; a p against nulls is at least 1 / (1 + their number)."]
+    for source, stimuli in sets.items():
+        try:
+            words, dropped = word_tokens(data.tokenizer, stimuli["words"], source)
+            results = {name: measure_clamps(cfg, data, *pair, stimuli, words) for name, pair in pairs.items()}
+        except UserError as error:
+            about.append(f"refused: {error}")
+            continue
+        about.append(f"{source}: words dropped, their token unknown or shared: {' '.join(dropped) or 'none'}")
+        arms |= {f"{name} ({source})" if name in arms else name: result for name, result in results.items()}
+    return dict(arms=arms, about=about)
+
+
+# ------------------------------------------------------------------------------------------ inspect
+# What a feature, or a pair of them, stands for: where in held-out text it is strongest, and which words it
+# raises. A pair's interaction is the second difference of the nonlinear path, q(a+b) - q(a) - q(b) + q(0), at
+# the two features' mean values; only pairs that really meet in the text are ranked.
+
+def count_pairs(model, batches, *, most=16):
+    """Pairs that meet among the `most` largest features of a token that the NFM reads: pairs (P, 2), the
+    tokens in which each meets (P,), and every feature's mean value where it is active (F,)."""
+    F, most, device = model.sae.F, min(most, model.nfm.n), model.sae.W_dec.device
+    total, fires = torch.zeros(2, F, device=device)
+    first, second = torch.triu_indices(most, most, 1)
+    keys, counts = torch.zeros(2, 0, dtype=torch.long, device=device)
+    for x, _ in batches:
+        values, indices = (code[:, :most].contiguous() for code in model.sae.encode(x))
+        total.index_add_(0, indices.flatten(), values.flatten())
+        fires.index_add_(0, indices.flatten(), (values > 0).float().flatten())
+        ids = torch.stack([indices[:, first], indices[:, second]], -1).sort(-1).values[values[:, second] > 0]
+        new, new_counts = (ids[:, 0] * F + ids[:, 1]).unique(return_counts=True)
+        keys, places = torch.cat([keys, new]).unique(return_inverse=True)
+        counts = torch.zeros_like(keys).index_add_(0, places, torch.cat([counts, new_counts]))
+    return torch.stack([keys // F, keys % F], 1), counts, total / fires.clamp_min(1)
+
+def pair_interaction(nfm, pairs, mean):
+    """Second difference of the nonlinear path for pairs (P, 2), at their features' mean values (F,): (P,
+    D)."""
+    both, first, second, none = (nfm.interaction(nfm.post_mlp1(mean[pairs] * pairs.new_tensor(mask), pairs))
+                                 for mask in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    return both - first - second + none
+
+def top_contexts(cfg, data, model, probes, *, count=4):
+    """Where probes {label: (features, secondary SAE or None, …)} are largest in test text, by the product of
+    their features' values: {label: (share of tokens above 0, [(value, window's ids, position), …])}, largest
+    first."""
+    best, fires, tokens = {label: [] for label in probes}, dict.fromkeys(probes, 0), 0
+    for ids, _ in held_out_windows(cfg, data, "test", cfg.eval_tokens):
+        x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
+        (values, indices), tokens = model.sae.encode(x), tokens + len(x)
+        for label, (features, secondary, _) in probes.items():
+            if secondary:
+                scores = secondary_code(secondary, model.nfm.post_mlp1(values, indices))[:, features[0]]
+            else:
+                scores = math.prod((values * (indices == feature)).sum(1) for feature in features)
+            fires[label] += int((scores > 0).sum())
+            top = zip(*map(torch.Tensor.tolist, scores.topk(count)), strict=True)
+            best[label] += [(value, ids[row // data.rows].tolist(), row % data.rows + data.skip)
+                            for value, row in top if value > 0]
+            best[label] = sorted(best[label], key=lambda hit: -hit[0])[:count]
+    return {label: (fires[label] / tokens, best[label]) for label in probes}
+
+def make_probes(cfg, data, model):
+    """What to look at: {label: (features, secondary SAE or None, effect on x (D,))}, of the features asked
+    for (12, or s12 for a secondary one), else of the pairs of 30 tokens or more that interact most. Raises
+    UserError."""
+    probes, nfm = {}, model.nfm
+    for asked in cfg.asked:
+        secondary = secondary_of(cfg, cfg.arm, model, data)[0] if asked.startswith("s") else None
+        sae = (secondary or model).sae
+        feature = int(asked.lstrip("s")) if re.fullmatch("s?[0-9]+", asked) else sae.F
+        if feature >= sae.F:
+            raise UserError(f"arm {cfg.arm!r} has no feature {asked!r}: 12 is primary, s12 secondary")
+        if secondary:
+            mean, std = secondary.standardiser.mean, secondary.standardiser.std
+            effect = nfm.interaction(mean + sae.W_dec[feature] * std) - nfm.interaction(mean)
+        else:
+            effect = sae.W_dec[feature] + (nfm.W_lin[feature] if nfm.has_linear else 0)
+        probes[f"feature {asked}"] = [feature], secondary, effect
+    if not cfg.asked:
+        pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
+        effects = pair_interaction(nfm, pairs := pairs[counts >= 30], mean)
+        for at in effects.norm(dim=1).argsort(descending=True)[:cfg.pairs].tolist():
+            (a, b), effect = pairs[at].tolist(), effects[at]
+            probes[f"features {a} and {b}, interaction {effect.norm():.3f}"] = [a, b], None, effect
+    return probes
+
+@torch.no_grad()
+def measure_inspect(cfg):
+    """Stage `inspect`: contexts and words of the features asked for, else of the pairs that interact most."""
+    (data, models), about, arms = open_arms(cfg, whole=True), [], {}
+    model = models.get(cfg.arm)
+    if not (model and model.nfm and model.nfm.pooling):
+        raise UserError(f"{cfg.run} has no trained arm {cfg.arm!r} with an interaction to inspect")
+    def text(ids):
+        return data.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " ")
+    probes, head = make_probes(cfg, data, model), data.lm.get_output_embeddings().weight.float()
+    for label, (fires, best) in top_contexts(cfg, data, model, probes).items():
+        logits = head @ (probes[label][2] * data.standardiser.std)
+        words = [text([token]) for token in logits.topk(6).indices.tolist()]
+        shown = [f"{value:8.2f}  {text(ids[:at][-12:])}«{text([ids[at]])}»{text(ids[at + 1:at + 6])}"
+                 for value, ids, at in best]
+        about += [f"{label}; words raised: {' | '.join(words)}", *shown, ""]
+        arms[label] = dict(fires=fires, words=words, contexts=shown)
+    return dict(arms=arms, about=about)
 
 
 # ------------------------------------------------------------------------------------------ plan
-# What a run costs, before anything is downloaded. Modules are built on torch's meta device, which holds no
-# data.
-
-def lm_shape(cfg):
-    """(parameters, those in use, those that run before the layer, D) of the run's language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    known = LM_CONFIGS.get(cfg.model)
-    if known is None and not pathlib.Path(cfg.model).is_dir():
-        raise UserError(f"plan knows {', '.join(LM_CONFIGS)} and directories; {cfg.model} is neither")
-    known = known or read_json(pathlib.Path(cfg.model) / "config.json")
-    with blame(f"{cfg.model} is not a language model that plan can read"), torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
-    blocks = find_blocks(lm, cfg.layer)
-    used = count_parameters(lm.base_model) - sum(map(count_parameters, blocks[cfg.layer + 1:]))
-    run = sum(map(count_parameters, blocks[:cfg.layer]))
-    return count_parameters(lm), used, run, lm.config.get_text_config().hidden_size
-
-def step_flops(model, D):
-    """Operations of one training step, a token: two for each multiply-add of the products and gradients."""
-    def sae_products(sae):
-        return D * sae.F + (4 if sae.W_dec.requires_grad else 1) * sae.k * D
-    sae, nfm = model.sae, model.nfm
-    products = sae_products(sae) + (sae_products(model.second) if model.second else 0)
-    if nfm and nfm.has_linear:
-        products += 3 * nfm.n * D
-    if nfm and nfm.pooling:
-        K = nfm.V.shape[1]
-        products += 3 * ((2 if nfm.pooling == "product" else 1) * nfm.n * K + K * K + K * D)
-    return 2 * products
+# What a run costs, before anything is downloaded.
 
 def run_plan(cfg):
-    """Stage `plan`: parameters, memory, operations and disk of a run, and whether it fits."""
-    lm_parameters, lm_used, lm_run, D = lm_shape(cfg)
-    arms = meta_arms(cfg, ("joint", *cfg.arms), D)
-    joint, whole = arms["joint"], count_parameters(arms["joint"])
-    linear = joint.nfm.W_lin.numel() + joint.nfm.b_lin.numel()
-    parts = dict(SAE=count_parameters(joint.sae), linear=linear)
-    parts["nonlinear"] = whole - sum(parts.values())
-    print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}\njoint: "
-          f"{whole / 1e6:.1f} M parameters:", ", ".join(
-              f"{part} {number / 1e6:.1f} M ({percent(number / whole)})" for part, number in parts.items()))
-    costs = {name: arm_bytes(arms[name], cfg) for name in cfg.arms}
-    table(("arm", "M parameters", "MFLOP a token", "GB: weights", "moments", "gradients", "two (B, F)"), *(
-        (name, f"{count_parameters(arms[name]) / 1e6:.1f}", f"{step_flops(arms[name], D) / 1e6:.1f}",
-         *(f"{size / 1e9:.2f}" for size in cost)) for name, cost in costs.items()))
-    print(f"  at {len(cfg.lr)} learning rate(s); gradients and temporaries are one candidate's")
-    chunk = 4 * D * min(cfg.chunk, cfg.tokens)
-    print(f"language model: {lm_parameters / 1e6:,.1f} M parameters, {lm_used / 1e6:,.1f} M of them in use, "
-          f"{2 * lm_run / 1e6:,.0f} MFLOP a token; a chunk of activations: {chunk / 1e9:.2f} GB\n"
-          f"disk: {sum(4 * count_parameters(arms[name]) for name in costs) / 1e9:.2f} GB of arms at the end")
-    cpu = cfg.device == "cpu"
-    for label, size, budget in ((f"here, on {cfg.device}", 4 if cpu else 2, memory_budget(cfg.device)),
-                                ("on a GPU of 24 GB", 2, 0.9 * 24e9 - 2 * lm_used)):
-        passes = group_passes(costs, budget - chunk)
-        misfits = [name for name in costs if sum(costs[name]) > budget - chunk]
-        disk = max(sum(sum(costs[name][:2]) for name in names) + max(sum(costs[name][:2]) for name in names)
-                   for names in passes)
-        verdict = "passes: " + " | ".join(map(" ".join, passes))
-        if misfits:
-            verdict = f"{' '.join(misfits)} won't fit: fewer --lr, a smaller --features or --batch"
-        print(f"{label}: language model {size * lm_used / 1e9:.2f} GB, {max(0, budget) / 1e9:.1f} GB for the "
-              f"rest, checkpoints {disk / 1e9:.2f} GB on disk; {verdict}")
+    """Stage `plan`: parameters of a run and the memory that it takes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    if cfg.model not in LM_CONFIGS and not pathlib.Path(cfg.model).is_dir():
+        raise UserError(f"plan knows {', '.join(LM_CONFIGS)} and directories; {cfg.model} is neither")
+    known = LM_CONFIGS.get(cfg.model) or read_json(pathlib.Path(cfg.model) / "config.json")
+    with blame(f"{cfg.model} is not a language model that plan can read"), torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
+    D, later = lm.config.get_text_config().hidden_size, find_blocks(lm, cfg.layer)[cfg.layer + 1:]
+    used = count_parameters(lm.base_model) - count_parameters(later)
+    arms, size = meta_arms(cfg, ("joint", *cfg.arms), D), getattr(torch, cfg.param_dtype).itemsize
+    joint, sae = count_parameters(arms["joint"]), count_parameters(arms["joint"].sae)
+    linear = (cfg.features + 1) * D
+    print(f"preset {cfg.preset}: D={D:,} F={cfg.features:,} k={cfg.k:,} n={cfg.n} K={cfg.embedding}\n"
+          f"joint: {joint / 1e6:.1f} M parameters:", ", ".join(
+              f"{part} {count / 1e6:.1f} M ({show(count / joint)})" for part, count in (
+                  ("SAE", sae), ("linear", linear), ("nonlinear", joint - sae - linear))))
+    rows = [("arm", "M parameters", f"GB at {len(cfg.lr)} learning rate(s)", "more in a step")]
+    for name in cfg.arms:                                 # weights, Adam's two moments; gradients, two (B, F)
+        whole = count_parameters(arms[name])
+        trained = sum(p.numel() for p in arms[name].parameters() if p.requires_grad)
+        held, on_top = len(cfg.lr) * (whole + 2 * trained), trained + 2 * cfg.batch * arms[name].learner.F
+        rows.append((name, f"{whole / 1e6:.1f}", f"{size * held / 1e9:.2f}", f"{size * on_top / 1e9:.2f}"))
+    print(*table(*rows), sep="\n")
+    print(f"language model: {count_parameters(lm) / 1e6:,.1f} M parameters, {used / 1e6:,.1f} M in use: "
+          f"{2 * used / 1e9:.2f} GB on a GPU, twice that on a CPU; a chunk of activations: "
+          f"{4 * D * min(cfg.chunk, cfg.tokens) / 1e9:.2f} GB")
+
+
+# ------------------------------------------------------------------------------------------ report
+# Every claim beside its control in one file, and a figure for each question that a table answers badly.
+
+def draw(path, panels):
+    """Draw panels, each (axes' settings, series), side by side. A series is (kind, label, x, y): "line",
+    "points" (y may be names), "steps" (y counts between edges x), "band" (y low, high), "at" (a vertical
+    line)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # of Okabe and Ito, 2008
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 4), squeeze=False, layout="constrained")
+    for axis, (settings, series) in zip(axes[0], panels, strict=True):
+        for number, (kind, label, x, y) in enumerate(series):
+            style = dict(label=label, color=colours[number % 6])
+            if kind == "band":
+                axis.fill_between(x, *y, alpha=0.3, linewidth=0, **style)
+            elif kind == "at":
+                axis.axvline(x, linestyle="--", linewidth=1, **style)
+            elif kind == "steps":
+                axis.stairs(y, x, linewidth=1.5, **style)
+            else:
+                axis.plot(x, y, "osD^vX"[number % 6] if kind == "points" else "-", **style)
+        axis.set(**settings)
+        axis.grid(alpha=0.25)
+        axis.yaxis.set_inverted("points" in [kind for kind, *_ in series])           # the first name on top
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 + (len(panels) == 1))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)
+
+def figures_of(found, log):
+    """The figures that results {stage: arms} and the entries of train.jsonl allow: {name: (caption, panels)};
+    a caption says what would refute the claim."""
+    figures, paths = {}, ("sae", "sae+linear", "sae+interaction", "full")
+    def points(arms, **places):                           # {label: where a figure of each arm stands}
+        return [("points", label, [math.nan if (value := lookup(arm, place)) is None else value
+                                   for arm in arms.values()], list(arms)) for label, place in places.items()]
+    if arms := found.get("recon"):
+        figures["reconstruction"] = (
+            "Error by arm and path on held-out documents. Claim 1 falls if `sae` or `sae@matched` is as low "
+            "as `joint` in full, whatever joint's own SAE path leaves.",
+            [(dict(xlabel="fraction of variance unexplained", xscale="log"),
+              points(arms, **{path: f"fvu_by_path/{path}" for path in paths}))])
+    if arms := found.get("kl"):
+        figures["kl"] = (
+            "KL by arm and path, beside that of a random error as large as the full path's. Claim 5 falls if "
+            "`sae` is as low as `joint` in full, claim 6 if random errors cost as much.",
+            [(dict(xlabel="KL from the clean model, nats a token", xscale="log"), points(
+                arms, **{path: f"{path}/kl" for path in paths}, **{"random error": "full/kl_random"}))])
+    if arms := found.get("gram"):
+        share, paper = arms["joint"]["share"], ("at", "the paper's 0.2", 0.2, None)
+        initial = ("at", "at initialisation", arms["sae"]["initial_squared_norm"], None)
+        figures["norms"] = (
+            "Squared norms of decoder rows. Claim 8 falls if `sae`, on the same tokens, has as many modes, "
+            "or if the low mode holds the features that hardly fired and hardly moved.",
+            [(dict(xlabel="squared norm", ylabel="features", xscale="log"), [initial, paper, *(
+                ("steps", name, arm["edges"], arm["counts"]) for name, arm in arms.items())])])
+        figures["shares"] = (
+            "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
+            "share falls with a norm that is part of it.",
+            [(dict(xlabel="squared norm of the decoder row", ylabel="NFM share", xscale="log"), [
+                ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_shuffled"])[1:]), paper,
+                ("line", "trained", share["bins"], share["shares"]["nfm"][2:]),
+                ("line", "W_lin and V untouched", share["bins"], share["shares_untouched"]["nfm"][2:])])])
+        figures["pca"] = (
+            "Variance of decoder rows by principal component, centred. Claim 10 falls if the curves differ "
+            "at 90 %, or if folding W_lin in removes what differs in the first 50.",
+            [(dict(xlabel="components", ylabel="share of variance"), [
+                ("line", name, range(1, 1 + len(arm["explained"])), arm["explained"])
+                for name, arm in arms.items()])])
+    if arms := found.get("anova"):
+        name, arm = next(iter(arms.items()))
+        figures["dose"] = (
+            f"Clamp dose, {name}: change of the words' logits by cell. Straight lines through 0 at c = 1 are "
+            "one observation, not one for each dose; lines that differ are no integration: see the nulls.",
+            [(dict(xlabel=f"multiplier c of feature {arm[why]['feature']}, by {why}", ylabel="logits"), [
+                ("line", cell, list(map(float, arm[why]["dose"])), moved) for cell, moved in zip(
+                    arm["cells"], zip(*arm[why]["dose"].values(), strict=True), strict=True)])
+             for why in ("variance", "interaction")])
+    def curve(arm, key):
+        entries = [e for e in log if e["arm"] == arm and e["lr"] == lookup(found, f"recon/{arm}/lr")]
+        return [e["step"] for e in entries], [lookup(e, key) for e in entries]
+    if "joint" in found.get("recon", {}):
+        figures["training"] = (
+            "Left: mean size of joint's parts; right: decoder rows with a squared norm below 0.2. If the "
+            "share of low norms only falls from 1, they are rows that did not train: nothing crystallises.",
+            [(dict(xlabel="step", ylabel="joint: mean |output|"), [
+                ("line", part, *curve("joint", f"magnitude/{part}"))
+                for part in ("sae", "linear", "interaction")]),
+             (dict(xlabel="step", ylabel="share of squared norms below 0.2"), [
+                 ("line", arm, *curve(arm, "low_norm")) for arm in ("sae", "joint")])])
+    return figures
+
+def run_report(cfg):
+    """Stage `report`: every claim beside its control, and the figures, in report.md; verdicts on the
+    console."""
+    paths = {stage: cfg.run / "results" / f"{stage}.json" for stage in COLUMNS}
+    results = {stage: read_json(path) for stage, path in paths.items() if path.exists()}
+    found = {stage: result["arms"] for stage, result in results.items()}
+    missing = " ".join(stage for stage in COLUMNS if stage not in found) or "none"
+    if not found:
+        raise UserError(f"{cfg.run} has no results to report: run `train`, `recon` and what follows it first")
+    lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", "",
+             "| claim (paper's value) | paper's metric | controls: the first decides | verdict |",
+             "|---|---|---|---|"]
+    for title, stage, metrics, controls, decided in CLAIMS:
+        arms = found.get(stage, {})
+        judged = verdict(lookup(arms, controls[0]), *decided)
+        cells = ["<br>".join(f"{where.replace('/', ' ')}: {show(lookup(arms, where), where)}"
+                             for where in figures) for figures in (metrics, controls)]
+        lines.append(f"| {title} | {' | '.join(cells)} | {judged} |")
+        print(f"claim {title}\n  {judged}")
+    for name, (caption, panels) in figures_of(found, read_log(cfg.run / "train.jsonl")).items():
+        draw(cfg.run / "figures" / f"{name}.png", panels)
+        lines += ["", f"![{name}](figures/{name}.png)", "", caption]
+    for stage, result in results.items():
+        lines += ["", f"## {stage}", "~~~", *stage_lines(stage, result), "~~~"]
+    with replacing(cfg.run / "report.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print(f"{lines[2]} The whole report: {cfg.run / 'report.md'}")
 
 
 # ------------------------------------------------------------------------------------------ command line
 
-STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, "recon": run_recon, "kl": run_kl}
+MEASURES = {"recon": measure_recon, "kl": measure_kl, "gram": measure_gram, "secondary": measure_secondary,
+            "anova": measure_anova, "inspect": measure_inspect}
+STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, **MEASURES, "report": run_report}
 DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction", "joint-mlp", "sae@matched",
                 "sequential", "residual-sae"]
 
@@ -1511,17 +2024,24 @@ def parser():
     top = argparse.ArgumentParser(prog="dualenc.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage, function in STAGES.items():
-        summary = function.__doc__.split(": ", 1)[1]
+        summary = function.__doc__.split("\n\n")[0].split(": ", 1)[1]
         sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
         if stage in ("plan", "train"):
             sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, metavar="ARM",
                              help=f"default: {' '.join(DEFAULT_ARMS)}")
+        if stage == "inspect":
+            sub.add_argument("asked", nargs="*", metavar="FEATURE",
+                             help="12, or s12 for a secondary one (default: the pairs that interact most)")
+            sub.add_argument("--arm", default="joint", help="arm to look at (default: joint)")
+            sub.add_argument("--pairs", type=count, default=5, help="how many pairs (default: 5)")
+        if stage == "train":
+            sub.add_argument("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
+        if stage in ("train", "secondary"):
+            sub.add_argument("--save-minutes", type=number, default=3, help="between checkpoints")
         sub.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
         sub.add_argument("--run", help="run directory (default: runs/PRESET)")
         sub.add_argument("--seed", type=int, help="of data order, weights and dropout (default: 0)")
         sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
-        if stage == "train":
-            sub.add_argument("--save-minutes", type=number, default=3, help="from checkpoint to checkpoint")
         for field, (kind, readers, text) in FLAGS.items():
             if stage in readers.split():
                 tiny = PRESETS["tiny"][field]
@@ -1538,11 +2058,15 @@ def main(argv=None):
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")   # else a line for each of its many tries
     try:
         cfg = resolve(args)
-        STAGES[args.stage](cfg)
+        if args.stage in MEASURES:
+            text = "\n".join(stage_lines(args.stage, stage_results(cfg, lambda: MEASURES[args.stage](cfg))))
+            print(text.replace("«", "\033[7m").replace("»", "\033[0m") if sys.stdout.isatty() else text)
+        else:
+            STAGES[args.stage](cfg)
         return 0
     except torch.OutOfMemoryError as error:
-        message = (f"out of GPU memory: lower --batch, --features or the number of --lr, in another --run "
-                   f"({str(error).splitlines()[0]})")
+        message = (f"out of GPU memory: lower --at-once; or, in another --run, lower --batch, --features or the "
+                   f"number of --lr ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("dualenc: stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         return 130

@@ -17,9 +17,16 @@ fi
 
 stage() { .venv/bin/python dualenc.py "$1" --preset "$preset" "${@:2}"; }
 
-# What each stage costs, on two cores without a GPU; `plan` tells more for the other presets.
-stage plan       # seconds           what the run will cost, and whether it fits
-stage lm         # tiny: 3 minutes   the other presets bring their language model along
-stage train      # tiny: 6 minutes   every arm at every learning rate, one stream of activations
-stage recon      # tiny: half a minute   claims 1 to 4 beside their controls
-stage kl         # tiny: half a minute   claims 5 to 7 beside their controls
+once=9; case $preset in paper|author) once=1 ;; esac                     # arms at a time: 24 GB hold one
+
+# What each stage costs, on two cores without a GPU; `plan` tells of the memory that the other presets take.
+stage plan                      # seconds           what the run needs
+stage lm                        # tiny: 3 minutes   the other presets bring their language model along
+stage train --at-once "$once"   # tiny: 6 minutes   every arm at every learning rate, one stream of activations
+stage recon                     # seconds           claims 1 to 4, each beside its controls
+stage kl                        # half a minute     claims 5 to 7
+stage gram                      # seconds           claims 8 to 10, 13
+stage secondary                 # 1.5 minutes       claim 12
+stage anova                     # a minute          claim 11
+stage inspect                   # seconds           the pairs of features that interact most
+stage report                    # seconds           all of it, with figures: runs/PRESET/report.md
