@@ -2065,8 +2065,8 @@ def main(argv=None):
             STAGES[args.stage](cfg)
         return 0
     except torch.OutOfMemoryError as error:
-        message = (f"out of GPU memory: lower --at-once; or, in another --run, lower --batch, --features or the "
-                   f"number of --lr ({str(error).splitlines()[0]})")
+        message = (f"out of GPU memory: lower --at-once; or, in another --run, lower --batch, --features or "
+                   f"the number of --lr ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("dualenc: stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
         return 130
