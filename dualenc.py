@@ -1082,8 +1082,9 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
      ["joint/bimodality_less_sae", "sae/modes", "joint folded/modes", "joint/bimodality", "sae/bimodality",
       "joint/initial_squared_norm"], (">", 0, "joint's norms are more bimodal than sae's, same tokens")),
     ("9 norm and NFM share correlate (Spearman -0.987, linear -0.866, interaction -0.922)", "gram",
-     ["joint/share/r/nfm", "joint/share/r/linear", "joint/share/r/interaction"],
+     ["joint/share/r/nfm", "joint/share/r/linear", "joint/share/r/interaction", "joint/share/above_0.2/nfm"],
      ["joint/share/r_less_shuffled", "joint/share/r_shuffled/nfm", "joint/share/r_untouched/nfm",
+      "joint/share/above_0.2_untouched/nfm",
       "joint/share/r_norms/linear", "joint/share/r_norms/interaction", "joint/share/r_function"],
      ("<", 0, "the correlation is stronger than with NFM norms shuffled among features")),
     ("10 some 860 components hold 90 % in both; joint needs more of the first 50", "gram",
@@ -1110,12 +1111,13 @@ COLUMNS = {   # what a stage's table shows of each entry
     "kl": "kl, over_random, excess_ce, ce_recovered, cut/over sae",
     "gram": "features, fires, value, moved, norm, scale_free, function, ablation",
     "secondary": "features, fvu, dead, mse, mse_replaced, mse_without",
-    "anova": "feature, words/F_ab, words/p_ab, words/p_permuted, words/p_secondary, kl/F_ab, kl/p_crossed, "
-             "kl/p_secondary",
+    "anova": "feature, nulls/secondary, words/F_ab, words/p_ab, words/p_permuted, words/p_secondary, "
+             "kl/F_ab, kl/p_crossed, kl/p_secondary",
     "inspect": "fires"}
 
 FORMATS = (   # (pattern in a figure's name, format); all others are shares
-    ("params|features?$|modes|components", ","), ("(^|/)p[_/]", ".2g"), ("lr$", "g"), ("explained", "%"),
+    ("params|features?$|modes|components|nulls", ","), ("(^|/)p[_/]", ".2g"), ("lr$", "g"),
+    ("explained|_0.2", "%"),
     ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
     ("F_ab|l0|random$|exponent|value|moved$|norm$|scale_free|bimodality|share/", ".3f"))
 
@@ -1357,28 +1359,34 @@ def find_modes(squared_norms, *, resamples=300, seed=0):
     return dict(modes=len(peaks), antimode=antimode, bimodality=own, resamples=np.array(drawn))
 
 def norm_shares(dec, lin, V, untouched, *, shuffles=200, seed=0):
-    """Claim 9 on the norms (F,) of the rows of W_dec, W_lin, V, as published; for `untouched` (lin, V), of
-    before training; and for (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r:
-    Spearman's, of dec with the shares of the norms' sum, {nfm (lin and V), linear, interaction, residual: …};
-    shares: their means below and above a dec² of 0.2, where the paper parts them, then in 20 bins of dec²."""
+    """Claim 9 on the norms (F,) of the rows of W_dec, W_lin and V, as published; with `untouched` (lin, V),
+    of before training; and with (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r:
+    Spearman's, of dec with the shares of the norms' sum, nfm being lin and V; below_0.2, above_0.2: mean
+    shares on the two sides of a dec² of 0.2, as in the paper; nfm_by_norm: the mean nfm share in 20 bins of
+    dec²."""
     from scipy.stats import spearmanr
-    names, rng = ("nfm", "linear", "interaction", "residual"), np.random.default_rng(seed)
-    groups = [dec ** 2 < 0.2, dec ** 2 >= 0.2, *np.array_split(dec.argsort(), min(20, len(dec)))]
+    names, keys = ("nfm", "linear", "interaction", "residual"), ("r", "below_0.2", "above_0.2", "nfm_by_norm")
+    low, bins = dec ** 2 < 0.2, np.array_split(dec.argsort(), min(20, len(dec)))
     def describe(lin, V):
-        shares = [norm / (dec + lin + V) for norm in (lin + V, lin, V, dec)]
-        return ([float(spearmanr(dec, share).statistic) for share in shares],
-                [[float(share[of].mean()) if share[of].size else None for of in groups] for share in shares])
+        shares = np.stack([lin + V, lin, V, dec]) / (dec + lin + V)
+        r = [float(spearmanr(dec, share).statistic) for share in shares]
+        sides = [shares[:, of].mean(1).tolist() if of.any() else [None] * 4 for of in (low, ~low)]
+        by_name = (dict(zip(names, values, strict=True)) for values in (r, *sides))
+        return [*by_name, [float(shares[0, of].mean()) for of in bins]]
+    def band(values):
+        return np.percentile(values, (50, 2.5, 97.5), axis=0).T.tolist()
+    rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(dec)) for _ in range(shuffles)]
-    shuffled = [describe(lin[order], V[order]) for order in orders]
-    r_shuffled, band = (np.percentile(values, (50, 2.5, 97.5), axis=0).T.tolist() for values in (
-        [r for r, _ in shuffled], [shares[0][2:] for _, shares in shuffled]))
-    result = dict(r_shuffled=dict(zip(names, r_shuffled, strict=True)), nfm_shuffled=band,
-                  bins=[float((dec[of] ** 2).mean()) for of in groups[2:]])
-    for label, norms in (("", (lin, V)), ("_untouched", untouched)):
-        for key, values in zip(("r", "shares"), describe(*norms), strict=True):
-            result[key + label] = dict(zip(names, values, strict=True))
-    return result | dict(r_less_shuffled=result["r"]["nfm"] - r_shuffled[0][1], r_norms=dict(
-        linear=float(spearmanr(dec, lin).statistic), interaction=float(spearmanr(dec, V).statistic)))
+    drawn = [describe(lin[order], V[order]) for order in orders]
+    result = dict(zip(keys, describe(lin, V), strict=True))
+    result |= {f"{key}_untouched": value for key, value in zip(keys, describe(*untouched), strict=True)}
+    r_shuffled = {name: band([each[0][name] for each in drawn]) for name in names}
+    r_norms = {name: float(spearmanr(dec, norm).statistic)
+               for name, norm in (("linear", lin), ("interaction", V))}
+    return result | dict(
+        r_shuffled=r_shuffled, r_less_shuffled=result["r"]["nfm"] - r_shuffled["nfm"][1], r_norms=r_norms,
+        nfm_by_norm_shuffled=band([each[3] for each in drawn]),
+        bins=[float((dec[of] ** 2).mean()) for of in bins])
 
 @torch.no_grad()
 def feature_use(model, batches):
@@ -1950,9 +1958,9 @@ def figures_of(found, log):
             "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
             "share falls with a norm that is part of it.",
             [(dict(xlabel="squared norm of the decoder row", ylabel="NFM share", xscale="log"), [
-                ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_shuffled"])[1:]), paper,
-                ("line", "trained", share["bins"], share["shares"]["nfm"][2:]),
-                ("line", "W_lin and V untouched", share["bins"], share["shares_untouched"]["nfm"][2:])])])
+                ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_by_norm_shuffled"])[1:]),
+                paper, ("line", "trained", share["bins"], share["nfm_by_norm"]),
+                ("line", "W_lin and V untouched", share["bins"], share["nfm_by_norm_untouched"])])])
         figures["pca"] = (
             "Variance of decoder rows by principal component, centred. Claim 10 falls if the curves differ "
             "at 90 %, or if folding W_lin in removes what differs in the first 50.",

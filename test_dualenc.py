@@ -1642,15 +1642,19 @@ def test_norm_shares_against_own_ranks_and_bins():
     ]  # 130 into 20, the first larger
     np.testing.assert_allclose(found["bins"], [(dec[here] ** 2).mean() for here in bins])
     low = dec**2 < 0.2
-    for label, norms in (("shares", (lin, V)), ("shares_untouched", (0.3 + 0 * dec, 0.2 + 0 * dec))):
+    for label, norms in (("", (lin, V)), ("_untouched", (0.3 + 0 * dec, 0.2 + 0 * dec))):
         for name, norm in dict(
             nfm=norms[0] + norms[1], linear=norms[0], interaction=norms[1], residual=dec
         ).items():
             share = norm / (dec + norms[0] + norms[1])
-            groups = [share[low], share[~low]] + [share[here] for here in bins]
-            np.testing.assert_allclose(found[label][name], [group.mean() for group in groups])
-    assert low.any() and all(under <= median <= over for median, under, over in found["nfm_shuffled"])
-    assert d.norm_shares(1 + dec, lin, V, (lin, V), shuffles=5)["shares"]["nfm"][0] is None
+            assert found["below_0.2" + label][name] == pytest.approx(share[low].mean())
+            assert found["above_0.2" + label][name] == pytest.approx(share[~low].mean())
+            if name == "nfm":
+                np.testing.assert_allclose(
+                    found["nfm_by_norm" + label], [share[here].mean() for here in bins]
+                )
+    assert low.any() and all(under <= median <= over for median, under, over in found["nfm_by_norm_shuffled"])
+    assert d.norm_shares(1 + dec, lin, V, (lin, V), shuffles=5)["below_0.2"]["nfm"] is None
     again = d.norm_shares(dec, lin, V, (lin, V), shuffles=40)
     assert again["r_shuffled"] == found["r_shuffled"] and again["r_untouched"] == again["r"]
 
