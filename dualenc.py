@@ -476,17 +476,21 @@ def claim_run(cfg):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     write_json(cfg.run / "config.json", cfg.stored | fields_of(cfg, cfg.stage))
 
+def source_hash():
+    """sha256 of this file: what another version of it has measured is measured again."""
+    return hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+
 def stage_results(cfg, compute):
-    """The contents of results/STAGE.json, made by compute() unless they are of today's arms and settings.
-    Beside them stands what traces them: configuration, versions, source."""
+    """The contents of results/STAGE.json, made by compute() unless they are of today's arms, settings and
+    source. Beside them stands what traces them: configuration, versions, source."""
     path = cfg.run / "results" / f"{cfg.stage}.json"
     made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in ("arm", "pairs", "asked")}
     made |= {file.name: file.stat().st_mtime_ns for file in cfg.run.glob("*.safetensors")
              if ".secondary" not in file.name}            # those are made from the others
-    if not path.exists() or read_json(path).get("made_from") != made:
-        sha = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+    trace = dict(sha256=source_hash(), made_from=made)
+    if not path.exists() or {key: read_json(path).get(key) for key in trace} != trace:
         versions = dict(torch=torch.__version__, numpy=np.__version__)
-        write_json(path, compute() | dict(made_from=made, config=cfg.fields, versions=versions, sha256=sha))
+        write_json(path, compute() | trace | dict(config=cfg.fields, versions=versions))
     return read_json(path)
 
 
@@ -1948,12 +1952,12 @@ def figures_of(found, log):
                 arms, **{path: f"{path}/kl" for path in paths}, **{"random error": "full/kl_random"}))])
     if arms := found.get("gram"):
         share, paper = arms["joint"]["share"], ("at", "the paper's 0.2", 0.2, None)
-        initial = ("at", "at initialisation", arms["sae"]["initial_squared_norm"], None)
         figures["norms"] = (
             "Squared norms of decoder rows. Claim 8 falls if `sae`, on the same tokens, has as many modes, "
             "or if the low mode holds the features that hardly fired and hardly moved.",
-            [(dict(xlabel="squared norm", ylabel="features", xscale="log"), [initial, paper, *(
-                ("steps", name, arm["edges"], arm["counts"]) for name, arm in arms.items())])])
+            [(dict(xlabel="squared norm", ylabel="features", xscale="log"), [
+                ("at", "at initialisation", arms["sae"]["initial_squared_norm"], None), paper,
+                *(("steps", name, arm["edges"], arm["counts"]) for name, arm in arms.items())])])
         figures["shares"] = (
             "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
             "share falls with a norm that is part of it.",
@@ -1979,13 +1983,12 @@ def figures_of(found, log):
     def curve(arm, key):
         entries = [e for e in log if e["arm"] == arm and e["lr"] == lookup(found, f"recon/{arm}/lr")]
         return [e["step"] for e in entries], [lookup(e, key) for e in entries]
-    if "joint" in found.get("recon", {}):
+    if "joint" in (arms := found.get("recon", {})):
         figures["training"] = (
             "Left: mean size of joint's parts; right: decoder rows with a squared norm below 0.2. If the "
             "share of low norms only falls from 1, they are rows that did not train: nothing crystallises.",
             [(dict(xlabel="step", ylabel="joint: mean |output|"), [
-                ("line", part, *curve("joint", f"magnitude/{part}"))
-                for part in ("sae", "linear", "interaction")]),
+                ("line", part, *curve("joint", f"magnitude/{part}")) for part in arms["joint"]["magnitude"]]),
              (dict(xlabel="step", ylabel="share of squared norms below 0.2"), [
                  ("line", arm, *curve(arm, "low_norm")) for arm in ("sae", "joint")])])
     return figures
@@ -1995,10 +1998,11 @@ def run_report(cfg):
     console."""
     paths = {stage: cfg.run / "results" / f"{stage}.json" for stage in COLUMNS}
     results = {stage: read_json(path) for stage, path in paths.items() if path.exists()}
+    results = {stage: result for stage, result in results.items() if result.get("sha256") == source_hash()}
     found = {stage: result["arms"] for stage, result in results.items()}
     missing = " ".join(stage for stage in COLUMNS if stage not in found) or "none"
     if not found:
-        raise UserError(f"{cfg.run} has no results to report: run `train`, `recon` and what follows it first")
+        raise UserError(f"{cfg.run} holds no results of this version: run the stage `recon` first")
     lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", "",
              "| claim (paper's value) | paper's metric | controls: the first decides | verdict |",
              "|---|---|---|---|"]
