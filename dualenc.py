@@ -487,6 +487,8 @@ def stage_results(cfg, compute):
     made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in ("arm", "pairs", "asked")}
     made |= {file.name: file.stat().st_mtime_ns for file in cfg.run.glob("*.safetensors")
              if ".secondary" not in file.name}            # those are made from the others
+    made |= {file: os.stat(file).st_mtime_ns for file in made.get("stimuli", "").split(",")
+             if os.path.isfile(file)}
     trace = dict(sha256=source_hash(), made_from=made)
     if not path.exists() or {key: read_json(path).get(key) for key in trace} != trace:
         versions = dict(torch=torch.__version__, numpy=np.__version__)
@@ -752,7 +754,8 @@ def estimate_standardiser(lm, layer, stream, *, tokens=100_000, skip=1, read=lam
     A dimension that never varies gets std 1, and is counted. Raises UserError on non-finite values."""
     count, total, squares, norms = 0, 0, 0, []
     while count < tokens:
-        raw = read(extract(lm, layer, take_windows(stream, 500)[2], skip=skip)).double()
+        raw = extract(lm, layer, take_windows(stream, 500)[2], skip=skip)
+        raw = torch.cat([read(rows) for rows in raw.split(2048)]).double()
         count, total, squares = count + len(raw), total + raw.sum(0), squares + raw.square().sum(0)
         norms.append(raw.norm(dim=1))
     if not squares.isfinite().all():
@@ -1062,7 +1065,7 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
       "joint/gain/sae+linear/over own SAE path", "joint/gain/full/over sae+interaction",
       "joint/gain/sae+interaction/over own SAE path", "joint/gain/full/over sae+linear",
       "joint/sub_additive_by"],
-     (">", 0, "the interaction, trained along, cuts the error")),
+     (">", 0, "the interaction, trained along, cuts the error at all")),
     ("4 the SAE alone explains most of the variance (86.4 %, mse 0.136)", "recon", ["sae/explained/mse"],
      ["sae/explained/fvu", "sae/explained/fvu_raw", "sae/dead"],
      (">", 0.5, "the SAE explains more than half of the variance of held-out documents")),
@@ -1080,28 +1083,28 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
     ("7 the nonlinear path's 3 % of parameters give a sixth of the gain (8.6 of 51.9)", "kl",
      ["joint/sae+interaction/cut/over own SAE path"],
      ["joint/full/cut/over joint-linear", "joint-mlp/full/cut/over joint-linear"],
-     (">", 0, "the nonlinear path, trained along, cuts KL")),
+     (">", 0, "the nonlinear path, trained along, cuts KL at all")),
     ("8 squared decoder norms turn bimodal (modes at 0.05 and 0.37; SAE one mode at 0.4)", "gram",
      ["joint/below_0.2", "sae/below_0.2", "joint/modes"],
      ["joint/bimodality_less_sae", "sae/modes", "joint folded/modes", "joint/bimodality", "sae/bimodality",
-      "joint/initial_squared_norm"], (">", 0, "joint's norms are more bimodal than sae's, same tokens")),
+      "joint/initial_squared_norm"], (">", 0, "joint's norms have modes, and are more bimodal than sae's")),
     ("9 norm and NFM share correlate (Spearman -0.987, linear -0.866, interaction -0.922)", "gram",
      ["joint/share/r/nfm", "joint/share/r/linear", "joint/share/r/interaction", "joint/share/above_0.2/nfm"],
-     ["joint/share/r_less_shuffled", "joint/share/r_shuffled/nfm", "joint/share/r_untouched/nfm",
+     ["joint/share/r_less_lowest_shuffled", "joint/share/r_shuffled/nfm", "joint/share/r_untouched/nfm",
       "joint/share/above_0.2_untouched/nfm",
       "joint/share/r_norms/linear", "joint/share/r_norms/interaction", "joint/share/r_function"],
      ("<", 0, "the correlation is stronger than with NFM norms shuffled among features")),
     ("10 some 860 components hold 90 % in both; joint needs more of the first 50", "gram",
      ["joint/components_90_published", "sae/components_90_published"],
-     ["joint folded/first_50_less_sae", "joint/first_50", "sae/first_50", "joint/components_90",
-      "sae/components_90", "joint folded/components_90"],
-     ("<", 0, "the first 50 components hold less of joint's decoder, folded, than of sae's")),
-    ("11 clamping a secondary feature shows formality × emotion (F = 5.06, p = 0.027 at -4)", "anova",
-     ["joint/interaction/words/F_ab", "joint/interaction/words/p_ab"],
-     ["joint/interaction/kl/p_crossed", "joint/interaction/kl/p_secondary",
-      "joint/interaction/contrast/p_crossed", "joint/interaction/words/p_permuted",
+     ["joint folded/first_50_less_sae", "joint folded/first_50", "sae/first_50_untouched", "joint/first_50",
+      "sae/first_50", "joint/components_90", "sae/components_90", "joint folded/components_90"],
+     ("<", 0, "the first 50 hold less of joint's decoder, folded, than of sae's with an untouched W_lin")),
+    ("11 a secondary feature's clamp shows an interaction (formality × emotion, F = 5.06, p = .027)", "anova",
+     ["joint/interaction/words/F_ab", "joint/interaction/words/p_ab", "joint/interaction/stimuli"],
+     ["joint/interaction/kl/p", "joint/interaction/contrast/p", "joint/interaction/kl/p_crossed",
+      "joint/interaction/words/p_permuted",
       *(f"joint/interaction/words/p_{null}" for null in ("random", "primary", "secondary"))],
-     ("<", 0.05, "the clamp's effect depends on the sentence's own cell")),
+     ("<", 0.05, "the clamp's effect depends on the sentence's own cell, more than that of its nulls")),
     ("12 secondary features split by whether a lone primary feature contributes", "secondary",
      ["joint/fvu", "joint/dead"],
      ["joint/moved_by_one", "joint/moved_by_two", "joint/mse", "joint/mse_replaced", "joint/mse_without"],
@@ -1116,11 +1119,11 @@ COLUMNS = {   # what a stage's table shows of each entry
     "gram": "features, fires, value, moved, norm, scale_free, function, ablation",
     "secondary": "features, fvu, dead, mse, mse_replaced, mse_without",
     "anova": "feature, nulls/secondary, words/F_ab, words/p_ab, words/p_permuted, words/p_secondary, "
-             "kl/F_ab, kl/p_crossed, kl/p_secondary",
+             "kl/F_ab, kl/p_crossed, kl/p",
     "inspect": "fires"}
 
 FORMATS = (   # (pattern in a figure's name, format); all others are shares
-    ("params|features?$|modes|components|nulls", ","), ("(^|/)p[_/]", ".2g"), ("lr$", "g"),
+    ("params|features?$|modes|components|nulls", ","), ("(^|/)p([_/]|$)", ".2g"), ("lr$", "g"),
     ("explained|_0.2", "%"),
     ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
     ("F_ab|l0|random$|exponent|value|moved$|norm$|scale_free|bimodality|share/", ".3f"))
@@ -1134,8 +1137,8 @@ def lookup(results, where):
 def show(value, where=""):
     """A figure as text, by its name's format: "12.3 %"; with a 95 % interval [value, low, high]: "1 % [0,
     2]"."""
-    if value is None:
-        return "-"
+    if value is None or value != value or isinstance(value, str):
+        return value if isinstance(value, str) else "-"
     spec = next((spec for pattern, spec in FORMATS if re.search(pattern, where)), "%")
     texts = [f"{100 * v:.1f}" if spec == "%" else format(v, spec) for v in np.atleast_1d(value).tolist()]
     texts[0] += " %" if spec == "%" else ""
@@ -1197,16 +1200,21 @@ def arm_results(own, cuts, model):
                       sub_additive_by=first[0] + first[1] - first[2])
     return entry
 
-def open_arms(cfg, *, needed=(), **options):
-    """What open_data gives, and the run's trained arms, {name: model}. Raises UserError if one does not fit
-    the run, or if `sae`, to compare with, or a needed one is not there."""
-    for name in ("sae", *needed):
+def open_arms(cfg, *, only=(), **options):
+    """What open_data gives, and trained arms of the run, {name: model}: `only` those, or all. Raises
+    UserError if one does not fit the run, or if one of `only`, or `sae`, to compare with, is not there."""
+    for name in only or ("sae",):
         if not (cfg.run / f"{name}.safetensors").exists():
             raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
     data = open_data(cfg, **options)
     stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
-    names = [stem for arm in ARMS for stem in stems if stem.partition("@")[0] == arm]
+    names = only or [stem for arm in ARMS for stem in stems if stem.partition("@")[0] == arm]
     return data, {name: load_arm_of(cfg, name, data.D) for name in names}
+
+def open_pair(cfg, **options):
+    """What open_arms gives of joint and sequential, those of them that were trained."""
+    names = [name for name in ("joint", "sequential") if (cfg.run / f"{name}.safetensors").exists()]
+    return open_arms(cfg, only=names or ["joint"], **options)
 
 def measure_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; claims 1 to 4 beside their controls."""
@@ -1233,7 +1241,8 @@ def kl_divergence(logits_p, logits_q):
     """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…)."""
     parts = []                                            # a few rows at a time: no third tensor of that size
     for p, q in zip(logits_p.flatten(0, -2).split(256), logits_q.flatten(0, -2).split(256), strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        log_p, log_q = (rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
+                        for rows in (p, q))
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(parts).view(logits_p.shape[:-1])
 
@@ -1264,8 +1273,9 @@ def splice_sums(data, layer, ids, clean, new):
     cross-entropy, and tokens that have a next one."""
     logits = splice_in(data, layer, ids, new)
     kl = kl_divergence(clean, logits)[:, data.skip:].double()
-    ce = torch.nn.functional.cross_entropy(
-        logits[:, data.skip:-1].transpose(1, 2).float(), ids[:, data.skip + 1:], reduction="none")
+    ce = torch.stack([torch.nn.functional.cross_entropy(
+        row[data.skip:-1].float(), next_ids[data.skip + 1:], reduction="none")
+        for row, next_ids in zip(logits, ids, strict=True)])
     ones = torch.ones_like(kl)
     return torch.stack([part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])], 1)
 
@@ -1319,7 +1329,7 @@ def kl_results(sums):
 # a squared norm of D/(3F), every row of W_lin and V at .01√D and .05√K, so that a small one may be a row that
 # hardly trained; the shares that the paper correlates with a norm contain it; what decodes is W_dec + W_lin.
 
-def gram_stats(W, *, block=2048):
+def gram_stats(W, *, block=1024):
     """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std and
     largest size of the product and cosine of two rows; spectrum (width,), exact centred principal variances,
     first_50, the share of fifty, components_90, how many hold 90 %, and components_90_published, of the top
@@ -1337,7 +1347,7 @@ def gram_stats(W, *, block=2048):
                          pairs.square().sum(dtype=torch.float64).item()])
     def components(variances):
         return 1 + int((variances.cumsum(0) < 0.9 * variances.sum() * (1 - 1e-9)).sum())
-    stats, centre = dict(squared_norms=squared), W.double().mean(0)
+    stats, centre = dict(squared_norms=squared), W.mean(0, dtype=torch.float64)
     for kind, sums in found.items():
         mean, _, squares = np.sum(sums, 0) / (F * (F - 1) / 2)
         stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(sums, 0)[1])
@@ -1388,7 +1398,8 @@ def norm_shares(dec, lin, V, untouched, *, shuffles=200, seed=0):
     r_norms = {name: float(spearmanr(dec, norm).statistic)
                for name, norm in (("linear", lin), ("interaction", V))}
     return result | dict(
-        r_shuffled=r_shuffled, r_less_shuffled=result["r"]["nfm"] - r_shuffled["nfm"][1], r_norms=r_norms,
+        r_shuffled=r_shuffled, r_norms=r_norms,
+        r_less_lowest_shuffled=result["r"]["nfm"] - r_shuffled["nfm"][1],
         nfm_by_norm_shuffled=band([each[3] for each in drawn]),
         bins=[float((dec[of] ** 2).mean()) for of in bins])
 
@@ -1422,7 +1433,7 @@ def cost_exponent(interaction, n):
 def measure_decoder(W, W_start, use, seed):
     """What gram.json says of a decoder W (F, D), of where it started, and of its features' use; and
     resamples."""
-    stats, norm, (F, D) = gram_stats(W), W.norm(dim=1).cpu().numpy(), W.shape
+    stats, norm, D = gram_stats(W), W.norm(dim=1).cpu().numpy(), W.shape[1]
     squared, spectrum = (stats.pop(key).cpu().numpy() for key in ("squared_norms", "spectrum"))
     stats |= find_modes(squared, seed=seed)
     resamples, boundary, (fires, value, added) = stats.pop("resamples"), stats["antimode"] or 0.2, use
@@ -1434,41 +1445,46 @@ def measure_decoder(W, W_start, use, seed):
             stats[f"norm² {label} {boundary:.2g}"] = dict(features=int(here.sum())) | {
                 key: float(column[here].mean()) for key, column in columns.items()}
     counts, edges = np.histogram(np.log10(squared), 60)
-    return stats | {"below_0.2": float((squared < 0.2).mean()), "initial_squared_norm": D / (3 * F),
-                    "negative": (W < 0).double().mean().item(), "explained": (
-                        spectrum.cumsum() / spectrum.sum()).tolist(),
+    return stats | {"below_0.2": float((squared < 0.2).mean()),
+                    "initial_squared_norm": W_start.square().sum(1).mean().item(),
+                    "negative": (W < 0).double().mean().item(),
+                    "explained": (spectrum.cumsum() / spectrum.sum()).tolist(),
                     "edges": (10 ** edges).tolist(), "counts": counts.tolist()}, resamples
 
 def measure_gram(cfg):
-    """Stage `gram`: decoders of sae and joint after the same tokens; claims 8 to 10 and 13 beside their
-    controls."""
+    """Stage `gram`: decoders of sae and joint, same tokens; claims 8 to 10 and 13 beside their controls."""
     from scipy.stats import spearmanr
-    (data, models), arms, resamples = open_arms(cfg, needed=("joint",)), {}, {}
+    (data, models), arms, resamples = open_arms(cfg, only=("sae", "joint")), {}, {}
     torch.manual_seed(cfg.seed)                           # where the training of both started from
     start = make_arm("joint", **sizes_of(cfg, data.D)).to(cfg.device).requires_grad_(False)
     joint, sae = models["joint"], models["sae"]
-    use = {arm: feature_use(models[arm], held_out_batches(cfg, data, "test", cfg.eval_tokens))
-           for arm in ("sae", "joint")}
-    for name, W, W_start in (
-            ("sae", sae.sae.W_dec, start.sae.W_dec), ("joint", joint.sae.W_dec, start.sae.W_dec),
-            ("joint folded", joint.sae.W_dec + joint.nfm.W_lin, start.sae.W_dec + start.nfm.W_lin)):
-        arms[name], resamples[name] = measure_decoder(W, W_start, use[name.split()[0]]["sae"], cfg.seed)
+    use_sae, use = (feature_use(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
+                    for model in (sae, joint))
+    both = np.stack([*use["sae"][:2], np.full(sae.sae.F, math.nan)])       # no one cut is of both decoders
+    for name, W, W_start, used in (
+            ("sae", sae.sae.W_dec, start.sae.W_dec, use_sae["sae"]),
+            ("joint", joint.sae.W_dec, start.sae.W_dec, use["sae"]),
+            ("joint W_lin", joint.nfm.W_lin, start.nfm.W_lin, use["linear"]),
+            ("joint folded", joint.sae.W_dec + joint.nfm.W_lin, start.sae.W_dec + start.nfm.W_lin, both)):
+        arms[name], resamples[name] = measure_decoder(W, W_start, used, cfg.seed)
     (dec, lin, V), (_, *untouched) = (
         [W.norm(dim=1).cpu().numpy() for W in (m.sae.W_dec, m.nfm.W_lin, m.nfm.V)] for m in (joint, start))
-    f_dec, f_lin = dec * use["joint"]["sae"][1], lin * use["joint"]["linear"][1]
-    by_function = float(spearmanr(dec, f_lin / np.maximum(f_dec + f_lin, 1e-30)).statistic)
+    f_dec, f_lin, used = dec * use["sae"][1], lin * use["linear"][1], use["linear"][0] > 0
+    by_function = float(spearmanr(dec[used], (f_lin / (f_dec + f_lin + 1e-30))[used]).statistic)
     low, high = np.percentile(resamples["joint"] - resamples["sae"], (2.5, 97.5)).tolist()
+    more = [arms["joint"]["bimodality"] - arms["sae"]["bimodality"], low, high]
     arms["joint"] |= dict(
         share=norm_shares(dec, lin, V, untouched, seed=cfg.seed) | dict(r_function=by_function),
-        bimodality_less_sae=[arms["joint"]["bimodality"] - arms["sae"]["bimodality"], low, high],
+        bimodality_less_sae=more if arms["joint"]["modes"] > 1 else [min(0.0, value) for value in more],
         cost_exponent=dict(pairwise=cost_exponent(fm_interaction_pairwise, 16),
                            identity=cost_exponent(fm_interaction, 256)))
-    arms["joint folded"]["first_50_less_sae"] = arms["joint folded"]["first_50"] - arms["sae"]["first_50"]
+    arms["sae"]["first_50_untouched"] = first_50 = gram_stats(sae.sae.W_dec + start.nfm.W_lin)["first_50"]
+    arms["joint folded"]["first_50_less_sae"] = arms["joint folded"]["first_50"] - first_50
     about = ["Decoder rows by squared norm: below and above the antimode, or else 0.2"]
     for name, arm in arms.items():
         groups = [entry for part, entry in arm.items() if part.startswith("norm²")]
         if len(groups) == 2:
-            fires, moved = (groups[0][key] / groups[1][key] for key in ("fires", "moved"))
+            fires, moved = (groups[0][key] / max(groups[1][key], 1e-30) for key in ("fires", "moved"))
             about.append(f"{name}: features of low norm fire {fires:.2f} times as often as the others, and "
                          f"moved {moved:.2f} times as far")
     return dict(arms=arms, about=about)
@@ -1504,9 +1520,9 @@ def secondary_code(secondary, m):
 
 def measure_secondary(cfg):
     """Stage `secondary`: a TopK SAE on the m of joint and of sequential; claim 12 beside its controls."""
-    (data, models), arms = open_arms(cfg, needed=("joint",)), {}
-    for name in filter(models.__contains__, ("joint", "sequential")):
-        model, (secondary, mine) = models[name], secondary_of(cfg, name, models[name], data)
+    (data, models), arms = open_pair(cfg), {}
+    for name, model in models.items():
+        secondary, mine = secondary_of(cfg, name, model, data)
         def reconstructed(m, model=model, secondary=secondary):      # x_int behind the reconstruction of m
             m_hat = secondary(secondary.standardiser.encode(m))["sae"]
             return model.nfm.interaction(secondary.standardiser.decode(m_hat))
@@ -1633,13 +1649,17 @@ def two_way_anova(y, a, b):
         result[f"p_{name}"] = f_distribution.sf(result[f"F_{name}"], df, freedom)
     return result
 
+def share_beyond(statistics, own):
+    """Share of the finite statistics that reach `own`; nan if it is not finite itself."""
+    return float((statistics[np.isfinite(statistics)] >= own).mean()) if np.isfinite(own) else math.nan
+
 def freedman_lane(y, a, b, *, permutations=999, seed=0):
     """Permutation p of the interaction: y, a, b (units,). What the additive model leaves of y is permuted and
     put back on its fit (Freedman and Lane, 1983)."""
     rng, fit = np.random.default_rng(seed), fitted(y, a, b)
     left = np.stack([y - fit] + [rng.permutation(y - fit) for _ in range(permutations)], 1)
     statistic = two_way_anova(fit[:, None] + left, a, b)["F_ab"]
-    return float((statistic >= statistic[0] * (1 - 1e-9)).mean())
+    return share_beyond(statistic, statistic[0] * (1 - 1e-9))
 
 def crossed_p(y):
     """p of an interaction in y (openings, continuations), the first half of each of one level. The cells of
@@ -1649,7 +1669,7 @@ def crossed_p(y):
     def halves(values):
         return np.split(values, 2, axis=-1)
     contrasts = (first.mean(1) - second.mean(1) for first, second in (halves(y), halves(y.T)))
-    return float(max(ttest_ind(*halves(each)).pvalue for each in contrasts))
+    return float(np.max([ttest_ind(*halves(each)).pvalue for each in contrasts]))
 
 def spliced_texts(cfg, data, model, secondary, texts):
     """Texts with x_hat spliced in behind the first position, as a namespace: `of` (rows,), the text that each
@@ -1671,7 +1691,7 @@ def spliced_texts(cfg, data, model, secondary, texts):
     def logits(secondary=0.0, primary=0.0):
         x_hat = parts["sae"] + parts["linear"] + model.nfm.interaction(m + secondary) + primary
         new = data.standardiser.decode(x_hat).view(len(ids), -1, data.D)
-        return splice_in(data, cfg.layer, tokens, new)[numbers, length - 1].float()
+        return splice_in(data, cfg.layer, tokens, new)[numbers, length - 1].double()
     return types.SimpleNamespace(
         of=of, logits=logits, codes={path: code * (of >= 0)[:, None] for path, code in codes.items()})
 
@@ -1708,7 +1728,7 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
     a, b = (np.indices(shape) * 2 // np.reshape(shape, (2, 1, 1))).reshape(2, -1)   # levels of each sentence
     cell = np.repeat(range(4), [len(tokens) for tokens in words.values()])          # of each word
     word_ids, generator = list(itertools.chain(*words.values())), torch.Generator().manual_seed(cfg.seed)
-    signs = torch.tensor(np.array([1, -1, -1, 1])[cell] / np.bincount(cell)[cell], dtype=torch.float32)
+    signs = torch.tensor(np.array([1, -1, -1, 1])[cell] / np.bincount(cell)[cell])
     found, tested = (spliced_texts(cfg, data, model, secondary, texts)
                      for texts in (halves[0], stimuli["prompts"] + halves[1]))
     chosen, activity = choose_features(found, tested, prompts, a, b)
@@ -1737,18 +1757,20 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
     def compare(path, feature):
         own, nulls = clamp(path, feature), nulls_of(path, feature)
         dose = {c: clamp(path, feature, c)["words"] for c in (-4, 0, 1, 4)}
-        result = dict(feature=feature, nulls={null: len(many) for null, many in nulls.items()}, dose={
-            c: [float(moved[cell == k].mean()) for k in range(4)] for c, moved in dose.items()})
+        result = dict(feature=feature, stimuli="/".join([*stimuli["openings"], *stimuli["continuations"]]),
+                      nulls={null: len(many) for null, many in nulls.items()}, dose={
+                          c: [float(moved[cell == k].mean()) for k in range(4)] for c, moved in dose.items()})
         for measure, labels in (("words", (cell // 2, cell % 2)), ("kl", (a, b)), ("contrast", (a, b))):
             y = own[measure]
             result[measure] = entry = {key: float(value) for key, value in two_way_anova(y, *labels).items()}
+            for null, many in nulls.items():
+                F = [entry["F_ab"], *(two_way_anova(each[measure], *labels)["F_ab"] for each in many)]
+                entry[f"p_{null}"] = share_beyond(np.array(F), F[0])
             if measure == "words":
                 entry["p_permuted"] = freedman_lane(y, *labels, seed=cfg.seed)
-            else:
+            else:                                         # that a feature fires more in one cell is none
                 entry["p_crossed"] = crossed_p(y.reshape(shape))
-            for null, many in nulls.items():
-                F = np.array([two_way_anova(each[measure], *labels)["F_ab"] for each in many])
-                entry[f"p_{null}"] = float((1 + (F >= entry["F_ab"]).sum()) / (1 + len(many)))
+                entry["p"] = max(entry["p_crossed"], entry["p_random"], entry["p_secondary"])
         return result
     return {why: compare(*which) for why, which in chosen.items()} | dict(cells=list(words))
 
@@ -1756,21 +1778,22 @@ def measure_anova(cfg):
     """Stage `anova`: clamp secondary features on texts of two crossed factors; claim 11 beside its
     controls."""
     sets, arms = {source: load_stimuli(source) for source in cfg.stimuli.split(",")}, {}
-    data, models = open_arms(cfg, needed=("joint",), whole=True)
-    pairs = {name: (models[name], secondary_of(cfg, name, models[name], data)[0])
-             for name in ("joint", "sequential") if name in models}
+    data, models = open_pair(cfg, whole=True)
+    data.lm.float()                                       # half precision is coarser than the effects
     about = ["Clamping to -4 times. `words` alone shows no integration: any fixed vector moves four lists of "
              "words non-additively.", "Effects proportional to |c - 1| are one observation, however many "
              "multipliers c; a p against nulls is at least 1 / (1 + their number)."]
-    for source, stimuli in sets.items():
+    for (source, stimuli), (name, model) in itertools.product(sets.items(), models.items()):
+        secondary, _ = secondary_of(cfg, name, model, data)
         try:
             words, dropped = word_tokens(data.tokenizer, stimuli["words"], source)
-            results = {name: measure_clamps(cfg, data, *pair, stimuli, words) for name, pair in pairs.items()}
+            results = measure_clamps(cfg, data, model, secondary, stimuli, words)
         except UserError as error:
-            about.append(f"refused: {error}")
+            about.append(f"refused, {name} on {source}: {error}")
             continue
-        about.append(f"{source}: words dropped, their token unknown or shared: {' '.join(dropped) or 'none'}")
-        arms |= {f"{name} ({source})" if name in arms else name: result for name, result in results.items()}
+        if name == "joint":
+            about.append(f"{source}: words dropped, token unknown or shared: {' '.join(dropped) or 'none'}")
+        arms[f"{name} ({source})" if name in arms else name] = results
     return dict(arms=arms, about=about)
 
 
@@ -1787,7 +1810,7 @@ def count_pairs(model, batches, *, most=16):
     first, second = torch.triu_indices(most, most, 1)
     keys, counts = torch.zeros(2, 0, dtype=torch.long, device=device)
     for x, _ in batches:
-        values, indices = (code[:, :most].contiguous() for code in model.sae.encode(x))
+        values, indices = (code[:, :model.nfm.n].contiguous() for code in model.sae.encode(x))
         total.index_add_(0, indices.flatten(), values.flatten())
         fires.index_add_(0, indices.flatten(), (values > 0).float().flatten())
         ids = torch.stack([indices[:, first], indices[:, second]], -1).sort(-1).values[values[:, second] > 0]
@@ -1815,9 +1838,10 @@ def top_contexts(cfg, data, model, probes, *, count=4):
             if secondary:
                 scores = secondary_code(secondary, model.nfm.post_mlp1(values, indices))[:, features[0]]
             else:
-                scores = math.prod((values * (indices == feature)).sum(1) for feature in features)
+                read = model.nfm.n if len(features) > 1 else model.sae.k     # a pair: read by the NFM
+                scores = math.prod((values * (indices == feature))[:, :read].sum(1) for feature in features)
             fires[label] += int((scores > 0).sum())
-            top = zip(*map(torch.Tensor.tolist, scores.topk(count)), strict=True)
+            top = zip(*map(torch.Tensor.tolist, scores.topk(min(count, len(scores)))), strict=True)
             best[label] += [(value, ids[row // data.rows].tolist(), row % data.rows + data.skip)
                             for value, row in top if value > 0]
             best[label] = sorted(best[label], key=lambda hit: -hit[0])[:count]
@@ -1842,19 +1866,23 @@ def make_probes(cfg, data, model):
         probes[f"feature {asked}"] = [feature], secondary, effect
     if not cfg.asked:
         pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
-        effects = pair_interaction(nfm, pairs := pairs[counts >= 30], mean)
-        for at in effects.norm(dim=1).argsort(descending=True)[:cfg.pairs].tolist():
-            (a, b), effect = pairs[at].tolist(), effects[at]
+        if not (counts >= 30).any():
+            raise UserError("no pair of features meets in 30 tokens of the test text: raise --eval-tokens")
+        some = pairs[counts >= 30].split(4096)
+        strength = torch.cat([pair_interaction(nfm, those, mean).norm(dim=1) for those in some])
+        for pair in torch.cat(some)[strength.argsort(descending=True)[:cfg.pairs]]:
+            (a, b), effect = pair.tolist(), pair_interaction(nfm, pair[None], mean)[0]
             probes[f"features {a} and {b}, interaction {effect.norm():.3f}"] = [a, b], None, effect
     return probes
 
 @torch.no_grad()
 def measure_inspect(cfg):
     """Stage `inspect`: contexts and words of the features asked for, else of the pairs that interact most."""
-    (data, models), about, arms = open_arms(cfg, whole=True), [], {}
-    model = models.get(cfg.arm)
-    if not (model and model.nfm and model.nfm.pooling):
-        raise UserError(f"{cfg.run} has no trained arm {cfg.arm!r} with an interaction to inspect")
+    options = ARMS.get(cfg.arm.partition("@")[0])
+    if options is None or options.get("pooling", "product") is None:
+        raise UserError(f"arm {cfg.arm!r} has no interaction to inspect")
+    (data, models), about, arms = open_arms(cfg, only=(cfg.arm,), whole=True), [], {}
+    model = models[cfg.arm]
     def text(ids):
         return data.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " ")
     probes, head = make_probes(cfg, data, model), data.lm.get_output_embeddings().weight.float()
@@ -1931,6 +1959,29 @@ def draw(path, panels):
         figure.savefig(temporary, dpi=130, format="png")
     pyplot.close(figure)
 
+def weight_figures(arms):
+    """The figures of gram's results, as in figures_of."""
+    share, paper = arms["joint"]["share"], ("at", "the paper's 0.2", 0.2, None)
+    decoders = {name: arms[name] for name in ("sae", "joint", "joint folded")}
+    starts = {f"{name}'s start": decoders[name]["initial_squared_norm"] for name in ("joint", "joint folded")}
+    norms = [("steps", name, arm["edges"], arm["counts"]) for name, arm in decoders.items()]
+    return {"norms": (
+        "Squared norms of decoder rows. Claim 8 falls if `sae`, on the same tokens, has as many modes, "
+        "or if the low mode holds the features that hardly fired and hardly moved.",
+        [(dict(xlabel="squared norm", ylabel="features", xscale="log"),
+          [*norms, paper, *(("at", label, start, None) for label, start in starts.items())])]), "shares": (
+        "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
+        "share falls with a norm that is part of it.",
+        [(dict(xlabel="squared norm of the decoder row", ylabel="NFM share", xscale="log"), [
+            ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_by_norm_shuffled"])[1:]),
+            paper, ("line", "trained", share["bins"], share["nfm_by_norm"]),
+            ("line", "W_lin and V untouched", share["bins"], share["nfm_by_norm_untouched"])])]), "pca": (
+        "Variance of decoder rows by principal component, centred. Claim 10 falls if the curves differ "
+        "at 90 %, or if folding W_lin in removes what differs in the first 50.",
+        [(dict(xlabel="components", ylabel="share of variance"), [
+            ("line", name, range(1, 1 + len(arm["explained"])), arm["explained"])
+            for name, arm in decoders.items()])])}
+
 def figures_of(found, log):
     """The figures that results {stage: arms} and the entries of train.jsonl allow: {name: (caption, panels)};
     a caption says what would refute the claim."""
@@ -1951,31 +2002,13 @@ def figures_of(found, log):
             [(dict(xlabel="KL from the clean model, nats a token", xscale="log"), points(
                 arms, **{path: f"{path}/kl" for path in paths}, **{"random error": "full/kl_random"}))])
     if arms := found.get("gram"):
-        share, paper = arms["joint"]["share"], ("at", "the paper's 0.2", 0.2, None)
-        figures["norms"] = (
-            "Squared norms of decoder rows. Claim 8 falls if `sae`, on the same tokens, has as many modes, "
-            "or if the low mode holds the features that hardly fired and hardly moved.",
-            [(dict(xlabel="squared norm", ylabel="features", xscale="log"), [
-                ("at", "at initialisation", arms["sae"]["initial_squared_norm"], None), paper,
-                *(("steps", name, arm["edges"], arm["counts"]) for name, arm in arms.items())])])
-        figures["shares"] = (
-            "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
-            "share falls with a norm that is part of it.",
-            [(dict(xlabel="squared norm of the decoder row", ylabel="NFM share", xscale="log"), [
-                ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_by_norm_shuffled"])[1:]),
-                paper, ("line", "trained", share["bins"], share["nfm_by_norm"]),
-                ("line", "W_lin and V untouched", share["bins"], share["nfm_by_norm_untouched"])])])
-        figures["pca"] = (
-            "Variance of decoder rows by principal component, centred. Claim 10 falls if the curves differ "
-            "at 90 %, or if folding W_lin in removes what differs in the first 50.",
-            [(dict(xlabel="components", ylabel="share of variance"), [
-                ("line", name, range(1, 1 + len(arm["explained"])), arm["explained"])
-                for name, arm in arms.items()])])
+        figures |= weight_figures(arms)
     if arms := found.get("anova"):
         name, arm = next(iter(arms.items()))
         figures["dose"] = (
-            f"Clamp dose, {name}: change of the words' logits by cell. Straight lines through 0 at c = 1 are "
-            "one observation, not one for each dose; lines that differ are no integration: see the nulls.",
+            f"Clamp dose, {name} on {arm['variance']['stimuli']}: change of the words' logits by cell. Lines "
+            "through 0 at c = 1 are one observation, not one for each dose; lines that differ are no "
+            "integration: see the nulls.",
             [(dict(xlabel=f"multiplier c of feature {arm[why]['feature']}, by {why}", ylabel="logits"), [
                 ("line", cell, list(map(float, arm[why]["dose"])), moved) for cell, moved in zip(
                     arm["cells"], zip(*arm[why]["dose"].values(), strict=True), strict=True)])

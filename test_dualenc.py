@@ -762,6 +762,15 @@ def test_splice_of_the_same_is_exact_and_of_another_reaches_the_logits(kind):
     torch.testing.assert_close(moved, lm(input_ids=donor).logits)
 
 
+def test_kl_divergence_of_doubles_is_a_double():
+    p = normal(3, 50, seed=1)
+    q = p + 1e-7 * normal(3, 50, seed=2)
+    found = d.kl_divergence(p, q)
+    expected = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    assert (found > 0).all()  # in single precision it would be noise
+
+
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2), seed=seeds)
 def test_kl_divergence_against_a_loop(shape, seed):
     p, q = 3 * normal(*shape, 7, seed=seed), 3 * normal(*shape, 7, seed=seed + 1)
@@ -1635,7 +1644,7 @@ def test_norm_shares_against_own_ranks_and_bins():
         assert low < median < high < 0  # from the norm in the denominator alone
     assert found["r"]["residual"] == pytest.approx(-found["r"]["nfm"])  # the shares add up to 1
     assert found["r_untouched"]["nfm"] == pytest.approx(-1)
-    assert found["r_less_shuffled"] == pytest.approx(found["r"]["nfm"] - found["r_shuffled"]["nfm"][1])
+    assert found["r_less_lowest_shuffled"] == pytest.approx(found["r"]["nfm"] - found["r_shuffled"]["nfm"][1])
     order = sorted(range(130), key=lambda i: dec[i])
     bins = [
         [order.pop(0) for _ in range(7 if b < 10 else 6)] for b in range(20)
@@ -1669,12 +1678,12 @@ def test_norm_shares_of_independent_norms_lie_in_the_shuffled_band_and_of_depend
         inside += low <= found["r"]["nfm"] <= high
     assert 16 <= inside <= 20
     falling = d.norm_shares(dec, lin / dec, V / dec, (lin, V), shuffles=60)
-    assert falling["r_less_shuffled"] < -0.05
+    assert falling["r_less_lowest_shuffled"] < -0.05
     u = rng.random(100)  # lin and V are shuffled as a pair: here they always add up to 1
     pair = d.norm_shares(dec, u, 1 - u, (lin, V), shuffles=5)
     assert pair["r_shuffled"]["nfm"] == pytest.approx([-1, -1, -1])
     rising = d.norm_shares(dec, lin * dec, V * dec, (lin, V), shuffles=60)
-    assert rising["r_less_shuffled"] > 0 and rising["r"]["nfm"] > rising["r_shuffled"]["nfm"][2]
+    assert rising["r_less_lowest_shuffled"] > 0 and rising["r"]["nfm"] > rising["r_shuffled"]["nfm"][2]
 
 
 def test_feature_use_against_cutting_each_feature():
@@ -1804,6 +1813,15 @@ def test_freedman_lane_is_uniform_without_an_interaction_and_finds_a_planted_one
         assert abs(np.mean(np.array(ps) <= level) - level) < 4 * (level * (1 - level) / 400) ** 0.5
     assert d.freedman_lane(9 * a * b + noise, a, b, permutations=99) == 0.01
     assert d.freedman_lane(9 * a * b + noise, a, b) == 0.001
+
+
+def test_no_effect_is_never_significant():
+    a, b = np.repeat([0, 1], 8), np.tile([0, 1], 8)
+    assert math.isnan(d.freedman_lane(np.zeros(16), a, b, permutations=9))
+    assert math.isnan(d.crossed_p(np.zeros((4, 4))))
+    assert math.isnan(d.share_beyond(np.array([1.0, 2.0]), math.nan))
+    assert d.share_beyond(np.array([math.nan, 1.0, 3.0, math.inf]), 1.5) == 0.5  # the finite ones count
+    assert d.verdict(math.nan, "<", 0.05, "what") == "not decided: what" and d.show(math.nan) == "-"
 
 
 @given(rows=st.sampled_from([4, 6, 8]), columns=st.sampled_from([4, 6]), seed=seeds)
@@ -1979,7 +1997,7 @@ def test_spliced_texts_is_the_pipeline_text_by_text(spliced):
                 return x_hat(values, indices, *more)
 
             alone, rows = spliced_alone(cfg, data, joint, text, change)
-            torch.testing.assert_close(logits[number], alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits[number], alone.double(), rtol=1e-5, atol=1e-5)
             at += [number] * rows if not more else []
         assert not more or ((logits - whole.logits()).abs().amax(1) > 1e-3).all()
     assert whole.of[whole.of >= 0].tolist() == at
@@ -2089,6 +2107,7 @@ def test_gram_stage_against_a_recomputation(measured):
     sae, joint = (d.load_arm(measured / f"{name}.safetensors") for name in ("sae", "joint"))
     decoders = {"sae": sae.sae.W_dec, "joint": joint.sae.W_dec}
     decoders["joint folded"] = joint.sae.W_dec + joint.nfm.W_lin
+    decoders["joint W_lin"] = joint.nfm.W_lin
     assert set(found) == set(decoders)
     for name, W in decoders.items():
         W, own = W.double().numpy(), found[name]
@@ -2098,13 +2117,22 @@ def test_gram_stage_against_a_recomputation(measured):
         assert own["components_90"] == components_by_loop(spectrum) and sum(own["counts"]) == 48
     torch.manual_seed(0)
     start, dec = d.make_arm("joint", D=16, F=48, k=6, n=4, K=5, top=3), joint.sae.W_dec.norm(dim=1).numpy()
+    begun = start.sae.W_dec + start.nfm.W_lin
+    assert found["joint folded"]["initial_squared_norm"] == pytest.approx(begun.square().sum(1).mean().item())
+    assert found["sae"]["initial_squared_norm"] == pytest.approx(16 / (3 * 48), rel=0.1)
+    untouched = d.gram_stats(sae.sae.W_dec + start.nfm.W_lin.detach())["first_50"]
+    folded = found["joint folded"]
+    assert folded["first_50_less_sae"] == pytest.approx(folded["first_50"] - untouched, abs=1e-12)
+    if found["joint"]["modes"] < 2:  # without modes it cannot be more bimodal
+        assert found["joint"]["bimodality_less_sae"][2] <= 0
     for label, nfm in (("r", joint.nfm), ("r_untouched", start.nfm)):
         V, lin = (W.detach().norm(dim=1).numpy() for W in (nfm.V, nfm.W_lin))
         expected = spearman(dec**2, (lin + V) / (dec + lin + V))
         assert found["joint"]["share"][label]["nfm"] == pytest.approx(expected)
     difference, low, high = found["joint"]["bimodality_less_sae"]
-    assert difference == pytest.approx(found["joint"]["bimodality"] - found["sae"]["bimodality"])
-    assert low < high
+    expected = found["joint"]["bimodality"] - found["sae"]["bimodality"]
+    assert difference == pytest.approx(expected if found["joint"]["modes"] > 1 else min(0, expected))
+    assert low <= high
 
 
 def test_every_figure_of_a_claim_is_measured(measured):
@@ -2139,7 +2167,10 @@ def test_anova_stage_has_sound_p_values_and_clamps_as_by_hand(measured, tokenize
                 assert 1 <= round(p) <= many + 1 and p == pytest.approx(round(p))
         count = entry["words"]["p_permuted"] * 1000
         assert count == pytest.approx(round(count)) and round(count) >= 1
-        assert all(0 <= entry[measure]["p_crossed"] <= 1 for measure in ("kl", "contrast"))
+        for measure in ("kl", "contrast"):
+            ps = [entry[measure][f"p_{which}"] for which in ("crossed", "random", "secondary")]
+            assert all(0 <= p <= 1 for p in ps) and entry[measure]["p"] == max(ps)
+        assert entry["stimuli"] == "old/new/wet/dry"
         feature, primary = entry["feature"], why in ("first factor", "second factor")
 
         def x_hat(values, indices, factor=1, feature=feature, primary=primary):
@@ -2165,6 +2196,33 @@ def test_anova_stage_has_sound_p_values_and_clamps_as_by_hand(measured, tokenize
     assert entry["words"]["F_ab"] == pytest.approx(expected, rel=0.01) and abs(moved).max() > 1e-3
 
 
+def test_edited_stimuli_are_read_again_and_an_arm_is_refused_alone(measured, tmp_path, monkeypatch, capsys):
+    run, own = tmp_path / "run", tmp_path / "own.json"
+    shutil.copytree(measured, run, ignore=shutil.ignore_patterns("results"))
+    good = json.loads((measured / "own.json").read_text())
+    own.write_text(json.dumps(good | {"words": {cell: ["same"] * 4 for cell in good["words"]}}))
+    assert stage("anova", run, "--stimuli", own) == 0
+    assert "refused, joint on" in capsys.readouterr().out and results_of(run, "anova")["arms"] == {}
+    assert stage("report", run) == 0
+    own.write_text(json.dumps(good))
+    assert stage("anova", run, "--stimuli", own) == 0
+    assert set(results_of(run, "anova")["arms"]) == {"joint"}
+    shutil.copy(run / "joint.safetensors", run / "sequential.safetensors")
+    monkeypatch.setattr(d, "load_arm_of", lambda cfg, name, D: d.load_arm(cfg.run / f"{name}.safetensors"))
+    shutil.copy(run / "joint.secondary.safetensors", run / "sequential.secondary.safetensors")
+    clamps, calls = d.measure_clamps, []
+
+    def second_fails(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise d.UserError("no feature")
+        return clamps(*args)
+
+    monkeypatch.setattr(d, "measure_clamps", second_fails)
+    assert stage("anova", run) == 0 and set(results_of(run, "anova")["arms"]) == {"joint"}
+    assert any("refused, sequential on" in line for line in results_of(run, "anova")["about"])
+
+
 # ---- inspect
 
 
@@ -2174,10 +2232,10 @@ def test_count_pairs_against_a_double_loop(seed, most):
     pairs, counts, mean = d.count_pairs(model, [(x[:13], None), (x[13:], None)], most=most)
     met, seen = {}, {feature: [] for feature in range(12)}
     for values, indices in zip(*(code.tolist() for code in model.sae.encode(x)), strict=True):
-        active = [(i, v) for i, v in zip(indices, values, strict=True) if v > 0][: min(most, 4)]
+        active = [(i, v) for i, v in zip(indices, values, strict=True) if v > 0][:4]
         for number, (one, value) in enumerate(active):
             seen[one].append(value)
-            for other, _ in active[:number]:
+            for other, _ in active[:number] if number < most else ():
                 pair = (min(one, other), max(one, other))
                 met[pair] = met.get(pair, 0) + 1
     assert len(pairs) == len(met)
