@@ -1029,8 +1029,7 @@ def train_pass(cfg, data, arms):
         print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
 
 def run_train(cfg):
-    """Stage `train`: train the arms named that are not there yet, --at-once of them in a pass over the
-    text."""
+    """Stage `train`: train the arms named that are not there yet, --at-once of them in a pass."""
     meta_arms(cfg, cfg.arms, D=1)                         # a name that cannot be is refused before any work
     wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
     if not wanted:
@@ -1135,8 +1134,7 @@ def lookup(results, where):
     return results
 
 def show(value, where=""):
-    """A figure as text, by its name's format: "12.3 %"; with a 95 % interval [value, low, high]: "1 % [0,
-    2]"."""
+    """A figure as text, in its name's format: "12.3 %", or [value, low, high] as "12.3 % [11.0, 13.6]"."""
     if value is None or value != value or isinstance(value, str):
         return value if isinstance(value, str) else "-"
     spec = next((spec for pattern, spec in FORMATS if re.search(pattern, where)), "%")
@@ -1263,8 +1261,7 @@ def replacements(models, standardiser, raw, generator):
             yield (name, path, "random"), epsilon_random(raw, new, generator)
 
 def splice_in(data, layer, ids, new):
-    """Logits (windows, T, vocabulary) with `new` (windows, positions, D), in raw units, behind the first
-    `skip`."""
+    """Logits (windows, T, vocabulary) with raw `new` (windows, positions, D) behind the skipped ones."""
     return splice(data.lm, layer, ids,
                   lambda hidden: torch.cat([hidden[:, :data.skip], new.to(hidden.dtype)], 1))
 
@@ -1376,8 +1373,7 @@ def norm_shares(dec, lin, V, untouched, *, shuffles=200, seed=0):
     """Claim 9 on the norms (F,) of the rows of W_dec, W_lin and V, as published; with `untouched` (lin, V),
     of before training; and with (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r:
     Spearman's, of dec with the shares of the norms' sum, nfm being lin and V; below_0.2, above_0.2: mean
-    shares on the two sides of a dec² of 0.2, as in the paper; nfm_by_norm: the mean nfm share in 20 bins of
-    dec²."""
+    shares on the two sides of a dec² of 0.2, as in the paper; nfm_by_norm: that of nfm in 20 bins of dec²."""
     from scipy.stats import spearmanr
     names, keys = ("nfm", "linear", "interaction", "residual"), ("r", "below_0.2", "above_0.2", "nfm_by_norm")
     low, bins = dec ** 2 < 0.2, np.array_split(dec.argsort(), min(20, len(dec)))
@@ -1431,8 +1427,7 @@ def cost_exponent(interaction, n):
     return math.log(times[1] / times[0], 4)
 
 def measure_decoder(W, W_start, use, seed):
-    """What gram.json says of a decoder W (F, D), of where it started, and of its features' use; and
-    resamples."""
+    """What gram.json says of a decoder W (F, D), where it started, and its features' use; and resamples."""
     stats, norm, D = gram_stats(W), W.norm(dim=1).cpu().numpy(), W.shape[1]
     squared, spectrum = (stats.pop(key).cpu().numpy() for key in ("squared_norms", "spectrum"))
     stats |= find_modes(squared, seed=seed)
@@ -1623,16 +1618,14 @@ def word_tokens(tokenizer, words, source):
                   if token in bad]
 
 def fitted(y, *effects):
-    """Least-squares fit of y (units, …) by a constant and effects, label arrays (units,), coded by their
-    levels."""
+    """Least-squares fit of y (units, …) by a constant and effects, arrays of labels (units,)."""
     X = np.hstack([np.ones((len(y), 1))] + [np.equal.outer(labels, np.unique(labels)) for labels in effects])
     return X @ np.linalg.lstsq(X, y)[0]
 
 def two_way_anova(y, a, b):
     """Two-way ANOVA: y (units,) or (units, columns), labels a, b (units,) -> F_a p_a F_b p_b F_ab p_ab and
-    eta2_ab (partial), one for each column. Type II where unbalanced: a main effect beyond the other one, not
-    beyond the interaction (Yates, 1934); the error is the full model's. ValueError for an empty cell, or if
-    none has two."""
+    eta2_ab (partial), for each column. Type II where unbalanced: a main effect beyond the other one, not the
+    interaction (Yates, 1934); the full model's error. ValueError for an empty cell, or none of two units."""
     from scipy.stats import f as f_distribution
     (_, a), (_, b) = (np.unique(labels, return_inverse=True) for labels in (a, b))
     y, cell, n_a, n_b = np.asarray(y, dtype=float), a * (b.max() + 1) + b, a.max() + 1, b.max() + 1
@@ -1716,9 +1709,8 @@ def choose_features(found, tested, prompts, a, b):
     return chosen, activity
 
 def measure_clamps(cfg, data, model, secondary, stimuli, words):
-    """Claim 11 for one arm and one set of stimuli: {why chosen: results} of features chosen on one half of
-    the stimuli and clamped to -4 times themselves on the other, beside their nulls. Raises UserError if none
-    can be."""
+    """Claim 11 for one arm and set of stimuli: {why chosen: results} of features chosen on one half of these
+    and clamped to -4 times themselves on the other, beside their nulls. UserError if none can be."""
     halves, prompts = [], len(stimuli["prompts"])
     for half in (0, 1):
         firsts, seconds = (np.concatenate([np.split(np.array(texts), 2)[half] for texts in level.values()])
@@ -1775,8 +1767,7 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
     return {why: compare(*which) for why, which in chosen.items()} | dict(cells=list(words))
 
 def measure_anova(cfg):
-    """Stage `anova`: clamp secondary features on texts of two crossed factors; claim 11 beside its
-    controls."""
+    """Stage `anova`: clamp secondary features on texts of two factors; claim 11 beside its controls."""
     sets, arms = {source: load_stimuli(source) for source in cfg.stimuli.split(",")}, {}
     data, models = open_pair(cfg, whole=True)
     data.lm.float()                                       # half precision is coarser than the effects
@@ -1820,16 +1811,14 @@ def count_pairs(model, batches, *, most=16):
     return torch.stack([keys // F, keys % F], 1), counts, total / fires.clamp_min(1)
 
 def pair_interaction(nfm, pairs, mean):
-    """Second difference of the nonlinear path for pairs (P, 2), at their features' mean values (F,): (P,
-    D)."""
+    """Second difference (P, D) of the nonlinear path for pairs (P, 2), at features' mean values (F,)."""
     both, first, second, none = (nfm.interaction(nfm.post_mlp1(mean[pairs] * pairs.new_tensor(mask), pairs))
                                  for mask in ((1, 1), (1, 0), (0, 1), (0, 0)))
     return both - first - second + none
 
 def top_contexts(cfg, data, model, probes, *, count=4):
     """Where probes {label: (features, secondary SAE or None, …)} are largest in test text, by the product of
-    their features' values: {label: (share of tokens above 0, [(value, window's ids, position), …])}, largest
-    first."""
+    their features' values: {label: (share of tokens above 0, [(value, window's ids, position), …])}."""
     best, fires, tokens = {label: [] for label in probes}, dict.fromkeys(probes, 0), 0
     for ids, _ in held_out_windows(cfg, data, "test", cfg.eval_tokens):
         x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
@@ -1848,9 +1837,8 @@ def top_contexts(cfg, data, model, probes, *, count=4):
     return {label: (fires[label] / tokens, best[label]) for label in probes}
 
 def make_probes(cfg, data, model):
-    """What to look at: {label: (features, secondary SAE or None, effect on x (D,))}, of the features asked
-    for (12, or s12 for a secondary one), else of the pairs of 30 tokens or more that interact most. Raises
-    UserError."""
+    """What to look at: {label: (features, secondary SAE or None, effect on x (D,))}: the features asked for,
+    12 or s12, a secondary one; else the pairs of 30 tokens or more that interact most. Raises UserError."""
     probes, nfm = {}, model.nfm
     for asked in cfg.asked:
         secondary = secondary_of(cfg, cfg.arm, model, data)[0] if asked.startswith("s") else None
@@ -1932,9 +1920,8 @@ def run_plan(cfg):
 # Every claim beside its control in one file, and a figure for each question that a table answers badly.
 
 def draw(path, panels):
-    """Draw panels, each (axes' settings, series), side by side. A series is (kind, label, x, y): "line",
-    "points" (y may be names), "steps" (y counts between edges x), "band" (y low, high), "at" (a vertical
-    line)."""
+    """Draw panels, (axes' settings, series), side by side. A series is (kind, label, x, y): "line", "points"
+    (y may be names), "steps" (y counts between edges x), "band" (y low, high), "at" (a vertical at x)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -2027,8 +2014,7 @@ def figures_of(found, log):
     return figures
 
 def run_report(cfg):
-    """Stage `report`: every claim beside its control, and the figures, in report.md; verdicts on the
-    console."""
+    """Stage `report`: every claim beside its control, and figures, in report.md; verdicts on the console."""
     paths = {stage: cfg.run / "results" / f"{stage}.json" for stage in COLUMNS}
     results = {stage: read_json(path) for stage, path in paths.items() if path.exists()}
     results = {stage: result for stage, result in results.items() if result.get("sha256") == source_hash()}
