@@ -1821,7 +1821,7 @@ def test_no_effect_is_never_significant():
     assert math.isnan(d.crossed_p(np.zeros((4, 4))))
     assert math.isnan(d.share_beyond(np.array([1.0, 2.0]), math.nan))
     assert d.share_beyond(np.array([math.nan, 1.0, 3.0, math.inf]), 1.5) == 0.5  # the finite ones count
-    assert d.verdict(math.nan, "<", 0.05, "what") == "not decided: what" and d.show(math.nan) == "-"
+    assert d.verdict([math.nan], "<", 0.05, "what") == "not decided: what" and d.show(math.nan) == "-"
 
 
 @given(rows=st.sampled_from([4, 6, 8]), columns=st.sampled_from([4, 6]), seed=seeds)
@@ -2137,7 +2137,8 @@ def test_gram_stage_against_a_recomputation(measured):
 
 def test_every_figure_of_a_claim_is_measured(measured):
     found = {name: results_of(measured, name)["arms"] for name in ("gram", "secondary", "anova")}
-    for _, of, metrics, controls, _ in d.CLAIMS:
+    for _, of, metrics, controls, _, n in d.CLAIMS:
+        assert 1 <= n <= len(controls)
         for where in (*metrics, *controls):
             assert of not in found or d.lookup(found[of], where) is not None, where
 
@@ -2355,8 +2356,12 @@ def test_a_verdict_follows_the_whole_interval():
     cases += [(up, ">", 0.2, "not decided"), ([0.2, math.nan, math.nan], ">", 0, "not decided")]
     cases += [(0.04, "<", 0.05, "upheld"), (0.06, "<", 0.05, "not upheld"), (0.0, ">", 0, "not upheld")]
     for value, relation, bound, word in cases:
-        assert d.verdict(value, relation, bound, "what") == f"{word}: what", value
-    assert d.verdict(None, ">", 0, "what") == "not measured"
+        assert d.verdict([value], relation, bound, "what") == f"{word}: what", value
+        assert d.verdict([value, None, value], relation, bound, "what") == f"{word}: what", value
+    assert d.verdict([None], ">", 0, "what") == "not measured" == d.verdict([], ">", 0, "what")
+    for values, word in (([up, up], "upheld"), ([up, over], "not upheld"), ([over, not_yet], "not upheld")):
+        assert d.verdict(values, ">", 0, "what") == f"{word}: what"  # all the deciding ones have to agree
+    assert d.verdict([up, not_yet], ">", 0, "what") == "not decided: what"
 
 
 def test_figures_as_text():
