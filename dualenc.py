@@ -360,9 +360,8 @@ def load_arm(path):
 PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
     features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, decay=0.8,
-    lr=[1e-4, 4e-4], tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000,
-    kl_tokens=20_000, stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8,
-    keep_first=False, lm_steps=840)}
+    lr=[1e-4, 4e-4], tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000, kl_tokens=20_000,
+    stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=840)}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000.0, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
@@ -414,39 +413,37 @@ def count(text):
 def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag or the field."""
     fields, known = cfg.fields, PRESETS["tiny"] | dict(preset="tiny", seed=0)
-    for name, value in fields.items():
-        if (name not in known or type(value) is not type(known[name])
-                or name == "lr" and {type(rate) for rate in value} != {float}):
+    for name, value in fields.items():                    # nothing in JSON is a tuple
+        if type(value) is not type(known.get(name, ())) or name == "lr" and {*map(type, value)} != {float}:
             raise UserError(f"{cfg.run}/config.json is damaged or of another version, in {name}")
-    rules = [(fields[name] >= 1, f"--{name.replace('_', '-')} must be at least 1, not {fields[name]}")
-             for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"]
-    rules += [(fields[small] <= fields[large], f"--{small} {fields[small]} is more than "
-              f"--{large} {fields[large]}") for small, large in (("k", "features"), ("n", "k"), ("top", "k"))]
-    rules += [(min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr), "--lr takes different rates above 0"),
-              (0 <= cfg.dropout < 1, "--dropout must lie in [0, 1)"),
-              (cfg.decay > 0 and cfg.adam_eps > 0, "--decay and --adam-eps must be above 0"),
-              (cfg.param_dtype in ("float32", "float16"), "--param-dtype is float32 or float16"),
-              (0 <= cfg.seed < 2 ** 63, "--seed must lie in [0, 2^63)"),
-              (cfg.window > 1, "--window must be at least 2: the first position may be left out")]
-    for rule in (rule for good, rule in rules if not good):
-        raise UserError(rule)
+    rules = {f"--{name.replace('_', '-')} must be at least 1, not {fields[name]}": fields[name] >= 1
+             for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"}
+    rules |= {f"--{part} {fields[part]} is more than --{whole} {fields[whole]}": fields[part] <= fields[whole]
+              for part, whole in (("k", "features"), ("n", "k"), ("top", "k"))}
+    rules |= {"--lr takes different rates above 0": min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr),
+              "--dropout must lie in [0, 1)": 0 <= cfg.dropout < 1,
+              "--decay and --adam-eps must be above 0": cfg.decay > 0 and cfg.adam_eps > 0,
+              "--param-dtype is float32 or float16": cfg.param_dtype in ("float32", "float16"),
+              "--seed must lie in [0, 2^63)": 0 <= cfg.seed < 2 ** 63,
+              "--window must be at least 2: the first position may be left out": cfg.window > 1}
+    if broken := [rule for rule, kept in rules.items() if not kept]:
+        raise UserError(broken[0])
 
 def resolve(args):
     """A stage's settings: the flags given, else the run's config.json, else its preset; and `run`, `device`.
-    Raises UserError for an unknown preset or device, and for a flag that contradicts the run."""
+    UserError for an unknown preset or device, and for a flag that contradicts the run."""
     run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file, not a directory")
     stored = read_json(run / "config.json") if (run / "config.json").exists() else {}
     given = {name: value for name, value in vars(args).items()
              if name in ("preset", "seed", *FLAGS) and value is not None}
-    for name, value in given.items():
-        if name in ("model", "text") and value not in ("tiny", "docstrings") and pathlib.Path(value).exists():
-            given[name] = str(pathlib.Path(value).resolve())   # the same path, wherever a stage is started
-        old, new = stored.get(name, given[name]), given[name]
+    for name, new in given.items():
+        if name in ("model", "text") and new not in ("tiny", "docstrings") and pathlib.Path(new).exists():
+            given[name] = new = str(pathlib.Path(new).resolve())   # the same, wherever a stage is started
         settled = name not in FLAGS or {"lm", "train"} & set(FLAGS[name][1].split())
-        if settled and old != new:
-            raise UserError(f"{run} was made with {name} = {old}, not {new}: choose another --run")
+        if settled and stored.get(name, new) != new:
+            raise UserError(f"{run} was made with {name} = {stored[name]}, not {new}: choose another --run")
     fields = dict(preset="tiny", seed=0) | stored | given
     if fields["preset"] not in list(PRESETS):
         raise UserError(f"unknown preset {fields['preset']!r}: choose from {', '.join(PRESETS)}")
@@ -481,16 +478,15 @@ def source_hash():
     return hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 def stage_results(cfg, compute):
-    """The contents of results/STAGE.json, made by compute() unless they are of today's arms, settings and
-    source. Beside them stands what traces them: configuration, versions, source."""
+    """The contents of results/STAGE.json, made by compute() unless they are of today's arms (from which
+    secondary SAEs are made), settings and source. What traces them stands beside them."""
     path = cfg.run / "results" / f"{cfg.stage}.json"
     made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in ("arm", "pairs", "asked")}
-    made |= {file.name: file.stat().st_mtime_ns for file in cfg.run.glob("*.safetensors")
-             if ".secondary" not in file.name}            # those are made from the others
-    made |= {file: os.stat(file).st_mtime_ns for file in made.get("stimuli", "").split(",")
-             if os.path.isfile(file)}
+    files = {file.name: file for file in cfg.run.glob("*.safetensors") if ".secondary" not in file.name}
+    files |= {name: pathlib.Path(name) for name in made.get("stimuli", "").split(",")}
+    made |= {name: file.stat().st_mtime_ns for name, file in files.items() if file.is_file()}
     trace = dict(sha256=source_hash(), made_from=made)
-    if not path.exists() or {key: read_json(path).get(key) for key in trace} != trace:
+    if not path.exists() or not trace.items() <= read_json(path).items():
         versions = dict(torch=torch.__version__, numpy=np.__version__)
         write_json(path, compute() | trace | dict(config=cfg.fields, versions=versions))
     return read_json(path)
@@ -883,9 +879,9 @@ def evaluate(models, batches, *, std):
 
 
 # ------------------------------------------------------------------------------------------ training
-# One flat loop. A candidate is an arm at one learning rate; all take each batch in turn, so that they are
-# compared on the same tokens in the same order. Each arm is then represented by its best rate on validation
-# documents: at one fixed rate, a comparison of arms is mostly a comparison of step sizes.
+# One flat loop. A candidate is an arm at one learning rate; all take each batch in turn, so that they see the
+# same tokens. Each arm is then represented by its best rate on validation documents: at one fixed rate, a
+# comparison of arms is mostly a comparison of step sizes.
 
 def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
@@ -922,9 +918,9 @@ def load_arm_of(cfg, name, D):
     model = load_arm(cfg.run / f"{name}.safetensors").to(cfg.device)
     there = model.config | model.config["run"]
     for key, value in (fields_of(cfg, "train") | dict(D=D, arm=name)).items():
-        if there.get(key) != value:
-            raise UserError(f"{cfg.run}/{name}.safetensors was trained with {key} = {there.get(key)}, here "
-                            f"it is {value}: remove that file or choose another --run")
+        if (old := there.get(key)) != value:
+            raise UserError(f"{cfg.run}/{name}.safetensors was trained with {key} = {old}, here it is "
+                            f"{value}: remove that file or choose another --run")
     return model
 
 def new_candidate(cfg, name, lr, D):
@@ -955,15 +951,15 @@ def load_checkpoint(path, candidates, config):
         if (state["arm"], state["config"]) != (candidates[0].arm, json.dumps(config)):
             raise ValueError("it belongs to another arm or another configuration")
         for c, stored in zip(candidates, state["candidates"], strict=True):
-            c.model.load_state_dict(stored["model"])
-            c.optimizer.load_state_dict(stored["optimizer"])
-            c.counts, c.counted, c.step = stored["counts"], stored["counted"], stored["step"]
+            c.model.load_state_dict(stored.pop("model"))
+            c.optimizer.load_state_dict(stored.pop("optimizer"))
+            vars(c).update(stored)
 
 @torch.no_grad()
 def log_entry(c, epoch, x):
     """A line of train.jsonl: mean loss since the last one, mean |output| of each part on x (B, D), share of
-    decoder rows with a squared norm below 0.2."""
-    mse, parts = torch.stack(c.losses).mean().item(), c.model(x)
+    decoder rows with a squared norm below 0.2. It starts c.losses anew."""
+    mse, parts, c.losses = torch.stack(c.losses).mean().item(), c.model(x), []
     return dict(arm=c.arm, lr=c.lr, step=c.step, text_epoch=epoch + 1, mse=mse,
                 magnitude={name: part.abs().mean().item() for name, part in parts.items()},
                 low_norm=(c.model.learner.W_dec.square().sum(1) < 0.2).double().mean().item())
@@ -975,14 +971,13 @@ def train_pass(cfg, data, arms):
     plan = chunk_plan(tokens=cfg.tokens, chunk=cfg.chunk, batch=cfg.batch, rows=data.rows)
     steps = cfg.chunk_epochs * sum(batches for _, batches in plan)
     for name, candidates in arms.items():
-        if (cfg.run / f"{name}.ckpt").exists():
-            load_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
+        if (path := cfg.run / f"{name}.ckpt").exists():
+            load_checkpoint(path, candidates, fields)
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
     log, ages = cfg.run / "train.jsonl", {c.arm: c.step for c in everyone}
     old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
     with replacing(log) as temporary:                     # what came after a checkpoint is logged again
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
-
     start, saved, every = min(ages.values()), time.monotonic(), max(1, min(steps // 50, 500))
     batches = activation_batches(data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan,
                                  epochs=cfg.chunk_epochs, seed=cfg.seed, skip=data.skip, start=start)
@@ -996,28 +991,26 @@ def train_pass(cfg, data, arms):
                 group["lr"] = learning_rate(c.lr, step, steps, cfg.decay)
             mask_seed = zlib.crc32(f"{cfg.seed}/{c.arm}/{step}".encode())   # no other arm changes it
             try:
-                loss = training_step(c.model, c.optimizer, x, counts=c.counts if counting else None,
-                                     generator=torch.Generator(x.device).manual_seed(mask_seed))
+                c.losses.append(training_step(
+                    c.model, c.optimizer, x, counts=c.counts if counting else None,
+                    generator=torch.Generator(x.device).manual_seed(mask_seed)))
             except FloatingPointError as error:
                 raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
                                 f"checkpoint is kept); lower --lr in another --run") from error
-            c.losses.append(loss)
             c.counted, c.step = c.counted + len(x) * counting, step + 1
         if (step + 1) % every and step + 1 < steps:
             continue
         lines = [json.dumps(log_entry(c, epoch, x)) + "\n" for c in everyone if c.losses]
         with blame(f"cannot write {log}"), open(log, "a") as file:
-            file.write("".join(lines))
-        for c in everyone:
-            c.losses.clear()
+            file.writelines(lines)
         if time.monotonic() - saved >= 60 * cfg.save_minutes:
             for name, candidates in arms.items():
                 save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
             saved = time.monotonic()
 
     validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
-    validated = evaluate({(c.arm, c.lr): c.model.float().eval() for c in everyone}, validation,
-                         std=data.standardiser.std)
+    models = {(c.arm, c.lr): c.model.float().eval() for c in everyone}
+    validated = evaluate(models, validation, std=data.standardiser.std)
     for name, candidates in arms.items():
         errors = {c.lr: validated[name, c.lr]["mse"]["full"] for c in candidates}
         best = min(candidates, key=lambda c: errors[c.lr])
@@ -1037,8 +1030,8 @@ def run_train(cfg):
     if {*wanted} & {*CHILDREN} and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
         raise UserError(f"{' and '.join(CHILDREN)} are built on a trained `sae`: train that first")
     data = open_data(cfg)
-    for generation in (False, True):                      # children after their parent
-        names = [name for name in wanted if (name in CHILDREN) == generation]
+    for children in (False, True):                        # after their parent
+        names = [name for name in wanted if (name in CHILDREN) == children]
         for at in range(0, len(names), cfg.at_once):
             train_pass(cfg, data, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
                                    for name in names[at:at + cfg.at_once]})
@@ -1050,9 +1043,8 @@ def run_train(cfg):
 
 CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the first n controls must show, n
     ("1 joint training cuts the reconstruction error (41.3 %, mse 0.275 to 0.162)", "recon",
-     ["joint/gain/full/over own SAE path"],
-     ["joint/gain/full/over sae", "joint/gain/full/over sae@matched", "joint/gain/full/over sae-2dec",
-      "sae-2dec/gain/full/over own SAE path"],
+     ["joint/gain/full/over own SAE path"], ["joint/gain/full/over sae", "joint/gain/full/over sae@matched",
+      "joint/gain/full/over sae-2dec", "sae-2dec/gain/full/over own SAE path"],
      (">", 0, "joint's error is below that of an SAE on the same tokens, and of one of its size"), 2),
     ("2 an NFM on a trained SAE's residual cuts its error (23.4 % on validation)", "recon",
      ["sequential/gain/full/over own SAE path"],
@@ -1060,10 +1052,9 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
       "sequential/gain/full/over sae"], (">", 0, "the NFM cuts more of the residual than a second SAE"), 1),
     ("3 the interaction is a small share of the NFM, 6 %, sequential 4.5 %; paths are sub-additive", "recon",
      ["joint/interaction_share", "sequential/interaction_share"],
-     ["joint/gain/full/over joint-linear", "joint/gain/full/over joint-interaction",
-      "joint/gain/sae+linear/over own SAE path", "joint/gain/full/over sae+interaction",
-      "joint/gain/sae+interaction/over own SAE path", "joint/gain/full/over sae+linear",
-      "joint/sub_additive_by"],
+     [f"joint/{part}" for part in ("gain/full/over joint-linear", "gain/full/over joint-interaction",
+      "gain/sae+linear/over own SAE path", "gain/full/over sae+interaction",
+      "gain/sae+interaction/over own SAE path", "gain/full/over sae+linear", "sub_additive_by")],
      (">", 0, "the interaction, trained along, cuts the error at all"), 1),
     ("4 the SAE alone explains most of the variance (86.4 %, mse 0.136)", "recon", ["sae/explained/mse"],
      ["sae/explained/fvu", "sae/explained/fvu_raw", "sae/dead"],
@@ -1089,9 +1080,8 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
       "joint/initial_squared_norm"], (">", 0, "joint's norms have modes, more clearly than sae's"), 1),
     ("9 norm and NFM share correlate (Spearman -0.987, linear -0.866, interaction -0.922)", "gram",
      ["joint/share/r/nfm", "joint/share/r/linear", "joint/share/r/interaction", "joint/share/above_0.2/nfm"],
-     ["joint/share/r_less_lowest_shuffled", "joint/share/r_shuffled/nfm", "joint/share/r_untouched/nfm",
-      "joint/share/above_0.2_untouched/nfm",
-      "joint/share/r_norms/linear", "joint/share/r_norms/interaction", "joint/share/r_function"],
+     [f"joint/share/{part}" for part in ("r_less_lowest_shuffled", "r_shuffled/nfm", "r_untouched/nfm",
+      "above_0.2_untouched/nfm", "r_norms/linear", "r_norms/interaction", "r_function")],
      ("<", 0, "the correlation is stronger than with NFM norms shuffled among features"), 1),
     ("10 some 860 components hold 90 % in both; joint needs more of the first 50", "gram",
      ["joint/components_90_published", "sae/components_90_published"],
@@ -1100,9 +1090,8 @@ CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the 
      ("<", 0, "the first 50 hold less of joint's decoder, folded, than of sae's with an untouched W_lin"), 1),
     ("11 a secondary feature's clamp shows an interaction (formality × emotion, F = 5.06, p = .027)", "anova",
      ["joint/interaction/words/F_ab", "joint/interaction/words/p_ab", "joint/interaction/stimuli"],
-     ["joint/interaction/kl/p", "joint/interaction/contrast/p", "joint/interaction/kl/p_crossed",
-      "joint/interaction/words/p_permuted",
-      *(f"joint/interaction/words/p_{null}" for null in ("random", "primary", "secondary"))],
+     [f"joint/interaction/{part}" for part in ("kl/p", "contrast/p", "kl/p_crossed", "words/p_permuted",
+      "words/p_random", "words/p_primary", "words/p_secondary")],
      ("<", 0.05, "the clamp's effect depends on the sentence's own cell, more than that of its nulls"), 1),
     ("12 secondary features split by whether a lone primary feature contributes", "secondary",
      ["joint/fvu", "joint/dead"],
@@ -1123,8 +1112,7 @@ COLUMNS = {   # what a stage's table shows of each entry
 
 FORMATS = (   # (pattern in a figure's name, format); all others are shares
     ("params|features?$|modes|components|nulls", ","), ("(^|/)p([_/]|$)", ".2g"), ("lr$", "g"),
-    ("explained|_0.2", "%"),
-    ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
+    ("explained|_0.2", "%"), ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
     ("F_ab|l0|random$|exponent|value|moved$|norm$|scale_free|bimodality|share/", ".3f"))
 
 def lookup(results, where):
@@ -1138,19 +1126,17 @@ def show(value, where=""):
     if value is None or value != value or isinstance(value, str):
         return value if isinstance(value, str) else "-"
     spec = next((spec for pattern, spec in FORMATS if re.search(pattern, where)), "%")
-    texts = [f"{100 * v:.1f}" if spec == "%" else format(v, spec) for v in np.atleast_1d(value).tolist()]
-    texts[0] += " %" if spec == "%" else ""
-    return texts[0] + (f" [{', '.join(texts[1:])}]" if texts[1:] else "")
+    own, *ends = [f"{100 * v:.1f}" if spec == "%" else format(v, spec) for v in np.atleast_1d(value).tolist()]
+    return own + (" %" if spec == "%" else "") + (f" [{', '.join(ends)}]" if ends else "")
 
 def verdict(values, relation, bound, what):
     """One sentence: do the deciding figures, with all of their intervals, lie beyond the bound?"""
-    found = [value if isinstance(value, list) else [value] * 3 for value in values if value is not None]
-    if not found:
+    ends = [np.broadcast_to(value, 3)[1:] for value in values if value is not None]   # low and high
+    if not ends:
         return "not measured"
-    sign = 1 if relation == ">" else -1
-    beyond = [min(sign * low, sign * high) > sign * bound for _, low, high in found]
-    short = [max(sign * low, sign * high) <= sign * bound for _, low, high in found]
-    return ("upheld: " if all(beyond) else "not upheld: " if any(short) else "not decided: ") + what
+    beyond = (np.array(ends) - bound) * (1 if relation == ">" else -1)
+    short = (beyond <= 0).all(1).any()
+    return ("upheld: " if (beyond > 0).all() else "not upheld: " if short else "not decided: ") + what
 
 def table(*rows):
     """Lines of aligned columns from rows of strings, the first to the left, the others to the right."""
@@ -1160,20 +1146,17 @@ def table(*rows):
 
 def stage_lines(stage, results):
     """What a stage found, as lines: its table, then its claims, each beside its controls."""
-    columns, arms, lines = COLUMNS[stage].split(", "), results["arms"], ["", *results["about"]]
+    columns, arms = COLUMNS[stage].split(", "), results["arms"]
     parts = {f"{name}, {part}": entry for name, arm in arms.items() for part, entry in arm.items()}
-    entries = {name: entry for name, entry in (arms | parts).items()
-               if isinstance(entry, dict) and columns[0] in entry}
-    lines += table(("arm", *columns), *((name, *(show(lookup(entry, where), where) for where in columns))
-                                        for name, entry in entries.items()))
+    rows = [(name, *(show(lookup(entry, where), where) for where in columns))
+            for name, entry in (arms | parts).items() if isinstance(entry, dict) and columns[0] in entry]
+    lines = ["", *results["about"], *table(("arm", *columns), *rows)]
     for title, of, metrics, controls, decided, n in CLAIMS:
         if of == stage:
             lines += ["", f"claim {title}"]
             for kind, figures in (("paper's metric", metrics), ("control", controls)):
-                for where in figures:
-                    figure = show(lookup(arms, where), where)
-                    lines.append(f"  {kind:16}{where.replace('/', ' '):52}{figure:>26}")
-                    kind = ""
+                lines += [f"  {kind if where == figures[0] else '':16}{where.replace('/', ' '):52}"
+                          f"{show(lookup(arms, where), where):>26}" for where in figures]
             lines.append(f"  {verdict([lookup(arms, where) for where in controls[:n]], *decided)}")
     return lines
 
@@ -1183,25 +1166,25 @@ def stage_lines(stage, results):
 def arm_results(own, cuts, model):
     """An arm's entry in recon.json, from what evaluate and gains have of it."""
     entry = {measure: own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw")}
-    entry["explained"] = {measure: 1 - value for measure, value in entry.items()}
+    entry["explained"] = {measure: 1 - error for measure, error in entry.items()}
     entry |= {key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
+    labels = dict(published="over own SAE path", matched="over sae", parameter_matched="over sae@matched")
     entry |= dict(l0=own["l0"], params=count_parameters(model), magnitude=own["magnitude"], gain=cuts,
-                  fvu_by_path=own["fvu"],
-                  improvement={name: cuts["full"][label][0] for name, label in (
-                      ("published", "over own SAE path"), ("matched", "over sae"),
-                      ("parameter_matched", "over sae@matched")) if label in cuts["full"]})
-    if len(own["magnitude"]) == 2:                        # the SAE and its one addition
-        entry["fvu_by_path"][f"sae+{[*own['magnitude']][1]}"] = own["fvu"]["full"]
-    if "sae+interaction" in own["mse"]:
-        linear, interaction = own["magnitude"]["linear"], own["magnitude"]["interaction"]
-        first = [cuts[path]["over own SAE path"][0] for path in ("sae+linear", "sae+interaction", "full")]
+                  fvu_by_path=own["fvu"], improvement={
+                      name: cut[0] for name, label in labels.items() if (cut := cuts["full"].get(label))})
+    _, *added = own["magnitude"]
+    if len(added) == 1:                                   # the path of the only part added is the full one
+        own["fvu"][f"sae+{added[0]}"] = entry["fvu"]
+    if len(added) == 2:
+        linear, interaction = (own["magnitude"][part] for part in added)
+        one, other, both = (cut["over own SAE path"][0] for path, cut in cuts.items() if path != "sae")
         entry |= dict(interaction_share=interaction / (linear + interaction),
-                      sub_additive_by=first[0] + first[1] - first[2])
+                      sub_additive_by=one + other - both)
     return entry
 
 def open_arms(cfg, *, only=(), **options):
-    """What open_data gives, and trained arms of the run, {name: model}: `only` those, or all. Raises
-    UserError if one does not fit the run, or if one of `only`, or `sae`, to compare with, is not there."""
+    """What open_data gives, and trained arms of the run, {name: model}: `only` those, or all. UserError if
+    one does not fit the run, or if one of `only`, or `sae`, to compare with, is not there."""
     for name in only or ("sae",):
         if not (cfg.run / f"{name}.safetensors").exists():
             raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
@@ -1238,12 +1221,11 @@ def measure_recon(cfg):
 
 def kl_divergence(logits_p, logits_q):
     """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…)."""
-    parts = []                                            # a few rows at a time: no third tensor of that size
-    for p, q in zip(logits_p.flatten(0, -2).split(256), logits_q.flatten(0, -2).split(256), strict=True):
-        log_p, log_q = (rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
-                        for rows in (p, q))
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts).view(logits_p.shape[:-1])
+    def log_probabilities(logits):                        # 256 rows at a time: no third tensor of that size
+        return (rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
+                for rows in logits.flatten(0, -2).split(256))
+    both = zip(log_probabilities(logits_p), log_probabilities(logits_q), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in both]).view(logits_p.shape[:-1])
 
 def epsilon_random(x, x_hat, generator):
     """x with an isotropic error as long as x_hat - x, a direction a row: (…, D) -> like x (Gurnee, 2024)."""
@@ -1252,8 +1234,7 @@ def epsilon_random(x, x_hat, generator):
 
 def replacements(models, standardiser, raw, generator):
     """What is spliced in for raw (windows, positions, D): an iterator of (key of its sums, like raw)."""
-    yield ("clean", ""), raw
-    yield ("mean", ""), standardiser.mean.expand_as(raw)
+    yield from {("clean", ""): raw, ("mean", ""): standardiser.mean.expand_as(raw)}.items()
     x = standardiser.encode(raw).flatten(0, 1)
     for name, model in models.items():
         for path, x_hat in path_sums(model(x)).items():
@@ -1266,17 +1247,6 @@ def splice_in(data, layer, ids, new):
     return splice(data.lm, layer, ids,
                   lambda hidden: torch.cat([hidden[:, :data.skip], new.to(hidden.dtype)], 1))
 
-def splice_sums(data, layer, ids, clean, new):
-    """Sums over each window, (windows, 5), with `new` spliced in: KL from the clean logits, KL², tokens,
-    cross-entropy, and tokens that have a next one."""
-    logits = splice_in(data, layer, ids, new)
-    kl = kl_divergence(clean, logits)[:, data.skip:].double()
-    ce = torch.stack([torch.nn.functional.cross_entropy(
-        row[data.skip:-1].float(), next_ids[data.skip + 1:], reduction="none")
-        for row, next_ids in zip(logits, ids, strict=True)])
-    ones = torch.ones_like(kl)
-    return torch.stack([part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])], 1)
-
 def measure_kl(cfg):
     """Stage `kl`: KL and cross-entropy with each path spliced in; claims 5 to 7 beside their controls."""
     (data, models), sums = open_arms(cfg, whole=True), {}
@@ -1285,33 +1255,40 @@ def measure_kl(cfg):
         clean = splice(data.lm, cfg.layer, ids, lambda hidden: hidden)
         raw = capture(data.lm, cfg.layer, ids)[:, data.skip:].float()
         for key, new in replacements(models, data.standardiser, raw, generator):
-            add_by_document(sums, key, numbers, splice_sums(data, cfg.layer, ids, clean, new))
+            logits = splice_in(data, cfg.layer, ids, new)
+            kl = kl_divergence(clean, logits)[:, data.skip:].double()
+            windows = zip(logits[:, data.skip:-1], ids[:, data.skip + 1:], strict=True)
+            ce = torch.stack([torch.nn.functional.cross_entropy(row.float(), next_ids, reduction="none")
+                              for row, next_ids in windows])
+            ones = torch.ones_like(kl)
+            columns = [part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
+            add_by_document(sums, key, numbers, torch.stack(columns, 1))
     return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):
-    """What kl.json holds, from sums {key: (documents, 5)}. CE recovered is 1 for the clean model, 0 for
-    activations replaced by their mean. A cut of KL has two p-values: the published test, unpaired, over
-    tokens as if they were independent, and the paired one, over documents."""
+    """What kl.json holds, from sums {key: (documents, 5)} of KL, KL², tokens, cross-entropy, tokens with a
+    next one. CE recovered is 1 for the clean model, 0 for activations replaced by their mean. A cut of KL has
+    two p-values: as published, unpaired, over tokens as if independent, and paired, over documents."""
     from scipy.stats import ttest_ind_from_stats, ttest_rel
     kl, ce = ({key: total[:, at].sum() / total[:, count].sum() for key, total in sums.items()}
               for at, count in ((0, 2), (3, 4)))
     clean, lost, arms = ce["clean", ""], ce["mean", ""], {}
-    def moments(key):
-        total, square, tokens = sums[key][:, :3].sum(0)
-        return total / tokens, (max(0.0, square - total ** 2 / tokens) / max(1, tokens - 1)) ** 0.5, tokens
-    def p_values(key, base):
-        by_document = [sums[which][:, 0] / sums[which][:, 2] for which in (key, base)]
-        return dict(published=float(ttest_ind_from_stats(*moments(key), *moments(base)).pvalue),
+    def p_values(*keys):
+        total, square, tokens = np.stack([sums[key][:, :3].sum(0) for key in keys], 1)   # (2,) each
+        std = (np.maximum(0, square - total ** 2 / tokens) / np.maximum(1, tokens - 1)) ** 0.5
+        moments = np.stack([total / tokens, std, tokens], 1)
+        by_document = (sums[key][:, 0] / sums[key][:, 2] for key in keys)
+        return dict(published=float(ttest_ind_from_stats(*moments.flatten()).pvalue),
                     paired=float(ttest_rel(*by_document).pvalue))
     by_path = {key: total[:, 0] for key, total in sums.items() if len(key) == 2 and key[1]}
     for name, cuts in gains(by_path).items():
         for path, cut in cuts.items():
             key = name, path
-            less, low, high = gain(by_path[key], sums[name, path, "random"][:, 0])
+            less, low, high = gain(by_path[key], sums[*key, "random"][:, 0])
             arms.setdefault(name, {})[path] = entry = dict(
                 kl=kl[key], ce=ce[key], kl_random=kl[*key, "random"], kl_over_random=1 - less,
-                over_random=[1 - less, 1 - high, 1 - low],
-                excess_ce=ce[key] - clean, ce_recovered=(lost - ce[key]) / (lost - clean), cut=cut,
+                over_random=[1 - less, 1 - high, 1 - low], excess_ce=ce[key] - clean,
+                ce_recovered=(lost - ce[key]) / (lost - clean), cut=cut,
                 p={label: p_values(key, (BASES[label][0] or name, BASES[label][1])) for label in cut})
             if "over own SAE path" in cut:
                 entry["ce_cut_of_total"] = 1 - ce[key] / ce[name, "sae"]
@@ -1328,37 +1305,35 @@ def kl_results(sums):
 # hardly trained; the shares that the paper correlates with a norm contain it; what decodes is W_dec + W_lin.
 
 def gram_stats(W, *, block=1024):
-    """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std and
-    largest size of the product and cosine of two rows; spectrum (width,), exact centred principal variances,
-    first_50, the share of fifty, components_90, how many hold 90 %, and components_90_published, of the top
-    1,000, uncentred."""
-    F, squared, moments, found = len(W), W.square().sum(1), 0, {"product": [], "cosine": []}
-    scale = squared.clamp_min(1e-30).rsqrt()
+    """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std, largest
+    size of the product and cosine of two rows; spectrum (width,), exact centred principal variances, share of
+    the first_50, components_90 to hold 90 %; components_90_published, of the top 1,000, uncentred."""
+    F, squared, sums = len(W), W.square().sum(1), {"product": [], "cosine": []}
+    scale, stats = squared.clamp_min(1e-30).rsqrt(), dict(squared_norms=squared)
     for at in range(0, F, block):
-        rows = W[at:at + block]
-        moments = moments + rows.double().T @ rows.double()
-        pairs = (rows @ W[at:].T).triu_(1)                # each pair once, no row with itself
-        for kind, sums in found.items():
+        pairs = (W[at:at + block] @ W[at:].T).triu_(1)    # each pair once, no row with itself
+        for kind, rows in sums.items():
             if kind == "cosine":
                 pairs *= scale[at:at + block, None] * scale[at:]
-            sums.append([pairs.sum(dtype=torch.float64).item(), pairs.abs().max().item(),
-                         pairs.square().sum(dtype=torch.float64).item()])
-    def components(variances):
-        return 1 + int((variances.cumsum(0) < 0.9 * variances.sum() * (1 - 1e-9)).sum())
-    stats, centre = dict(squared_norms=squared), W.mean(0, dtype=torch.float64)
-    for kind, sums in found.items():
-        mean, _, squares = np.sum(sums, 0) / (F * (F - 1) / 2)
-        stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(sums, 0)[1])
+            rows.append([pairs.sum(dtype=torch.float64).item(),
+                         pairs.square().sum(dtype=torch.float64).item(), pairs.abs().max().item()])
+    for kind, rows in sums.items():
+        mean, squares, _ = np.sum(rows, 0) / (F * (F - 1) / 2)
+        stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(rows, 0)[2])
+    moments = sum(rows.double().T @ rows.double() for rows in W.split(block))
+    centre = W.mean(0, dtype=torch.float64)
     spectrum, uncentred = (torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
                            for matrix in (moments - F * torch.outer(centre, centre), moments))
+    def components(variances):
+        return 1 + int((variances.cumsum(0) < 0.9 * variances.sum() * (1 - 1e-9)).sum())
     return stats | dict(
         spectrum=spectrum, first_50=(spectrum[:50].sum() / spectrum.sum()).item(),
         components_90=components(spectrum), components_90_published=components(uncentred[:1000]))
 
 def find_modes(squared_norms, *, resamples=300, seed=0):
-    """Modes of squared norms (F,) on a log scale, by a Gaussian kernel density: how many peaks rise by a
-    twentieth of the highest, the antimode between the two highest (or None); bimodality, Sarle's (skewness² +
-    1) / kurtosis (5/9 for a uniform density), and bootstrap resamples of it."""
+    """Of squared norms (F,), by a kernel density of their logs: modes, peaks that rise by a twentieth of the
+    highest; antimode, between the two highest, or None; bimodality, Sarle's (skewness² + 1) / kurtosis (5/9
+    for a uniform density), and bootstrap resamples of it."""
     from scipy import signal, stats
     logs, rng = np.log10(squared_norms), np.random.default_rng(seed)
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
@@ -1371,33 +1346,29 @@ def find_modes(squared_norms, *, resamples=300, seed=0):
     return dict(modes=len(peaks), antimode=antimode, bimodality=own, resamples=np.array(drawn))
 
 def norm_shares(dec, lin, V, untouched, *, shuffles=200, seed=0):
-    """Claim 9 on the norms (F,) of the rows of W_dec, W_lin and V, as published; with `untouched` (lin, V),
-    of before training; and with (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r:
-    Spearman's, of dec with the shares of the norms' sum, nfm being lin and V; below_0.2, above_0.2: mean
-    shares on the two sides of a dec² of 0.2, as in the paper; nfm_by_norm: that of nfm in 20 bins of dec²."""
+    """Claim 9 on norms (F,) of the rows of W_dec, W_lin and V, as published; with `untouched` (lin, V), of
+    before training; with (lin, V) shuffled among features as a pair, [median, 2.5 %, 97.5 %]. r: Spearman's,
+    of dec with the shares of the norms' sum, nfm being lin and V; below_0.2, above_0.2: mean shares on the
+    two sides of the paper's dec² of 0.2; nfm_by_norm: that of nfm in 20 bins of dec²."""
     from scipy.stats import spearmanr
-    names, keys = ("nfm", "linear", "interaction", "residual"), ("r", "below_0.2", "above_0.2", "nfm_by_norm")
-    low, bins = dec ** 2 < 0.2, np.array_split(dec.argsort(), min(20, len(dec)))
+    names, low = ("nfm", "linear", "interaction", "residual"), dec ** 2 < 0.2
+    bins = np.array_split(dec.argsort(), min(20, len(dec)))
     def describe(lin, V):
         shares = np.stack([lin + V, lin, V, dec]) / (dec + lin + V)
-        r = [float(spearmanr(dec, share).statistic) for share in shares]
-        sides = [shares[:, of].mean(1).tolist() if of.any() else [None] * 4 for of in (low, ~low)]
-        by_name = (dict(zip(names, values, strict=True)) for values in (r, *sides))
-        return [*by_name, [float(shares[0, of].mean()) for of in bins]]
+        below, above = (shares[:, of].mean(1).tolist() if of.any() else [None] * 4 for of in (low, ~low))
+        r = [spearmanr(dec, share).statistic for share in shares]
+        named = {key: dict(zip(names, four, strict=True)) for key, four in (
+            ("r", r), ("below_0.2", below), ("above_0.2", above))}
+        return named | dict(nfm_by_norm=[float(shares[0, of].mean()) for of in bins])
     def band(values):
         return np.percentile(values, (50, 2.5, 97.5), axis=0).T.tolist()
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(dec)) for _ in range(shuffles)]
-    drawn = [describe(lin[order], V[order]) for order in orders]
-    result = dict(zip(keys, describe(lin, V), strict=True))
-    result |= {f"{key}_untouched": value for key, value in zip(keys, describe(*untouched), strict=True)}
-    r_shuffled = {name: band([each[0][name] for each in drawn]) for name in names}
-    r_norms = {name: float(spearmanr(dec, norm).statistic)
-               for name, norm in (("linear", lin), ("interaction", V))}
-    return result | dict(
-        r_shuffled=r_shuffled, r_norms=r_norms,
-        r_less_lowest_shuffled=result["r"]["nfm"] - r_shuffled["nfm"][1],
-        nfm_by_norm_shuffled=band([each[3] for each in drawn]),
+    rng, result = np.random.default_rng(seed), describe(lin, V)
+    drawn = [describe(*rng.permutation([lin, V], axis=1)) for _ in range(shuffles)]
+    r_shuffled = {name: band([each["r"][name] for each in drawn]) for name in names}
+    return result | {f"{key}_untouched": value for key, value in describe(*untouched).items()} | dict(
+        r_shuffled=r_shuffled, r_less_lowest_shuffled=result["r"]["nfm"] - r_shuffled["nfm"][1],
+        r_norms=dict(linear=spearmanr(dec, lin).statistic, interaction=spearmanr(dec, V).statistic),
+        nfm_by_norm_shuffled=band([each["nfm_by_norm"] for each in drawn]),
         bins=[float((dec[of] ** 2).mean()) for of in bins])
 
 @torch.no_grad()
@@ -1408,10 +1379,10 @@ def feature_use(model, batches):
     if model.nfm:
         paths["linear"] = model.nfm.n, model.nfm.W_lin
     for x, _ in batches:
-        values, indices = model.sae.encode(x)
+        code = model.sae.encode(x)
         error, tokens = sum(model(x).values()) - x, tokens + len(x)
         for path, (kept, W) in paths.items():
-            f, ids = values[:, :kept].contiguous(), indices[:, :kept].contiguous()
+            f, ids = (part[:, :kept].contiguous() for part in code)
             fires, value, squares = (torch.bincount(ids.flatten(), each.double().flatten(), F)
                                      for each in (f > 0, f, f.square()))
             overlap = (sparse_outer(f, ids, error, F) * W).sum(1)
@@ -1421,66 +1392,64 @@ def feature_use(model, batches):
 
 def cost_exponent(interaction, n):
     """p in cost ~ n**p of an interaction function, from its best time of five at n and at 4 n features."""
-    times = []
-    for size in (n, 4 * n):
+    def seconds(size):
         code = torch.rand(256, size), torch.randint(1024, (256, size)), torch.rand(1024, 32)
-        times.append(min(timeit.repeat(functools.partial(interaction, *code), number=1, repeat=5)))
-    return math.log(times[1] / times[0], 4)
+        return min(timeit.repeat(functools.partial(interaction, *code), number=1, repeat=5))
+    return math.log(seconds(4 * n) / seconds(n), 4)
 
 def measure_decoder(W, W_start, use, seed):
     """What gram.json says of a decoder W (F, D), where it started, and its features' use; and resamples."""
-    stats, norm, D = gram_stats(W), W.norm(dim=1).cpu().numpy(), W.shape[1]
+    stats, (fires, value, added) = gram_stats(W), use
     squared, spectrum = (stats.pop(key).cpu().numpy() for key in ("squared_norms", "spectrum"))
     stats |= find_modes(squared, seed=seed)
-    resamples, boundary, (fires, value, added) = stats.pop("resamples"), stats["antimode"] or 0.2, use
-    active = value / np.maximum(fires, 1e-30)             # its mean where it fires
-    columns = dict(fires=fires, value=active, moved=(W - W_start).norm(dim=1).cpu().numpy(), norm=norm,
-                   scale_free=norm * active, function=norm * value, ablation=added / D)
+    boundary, active = stats["antimode"] or 0.2, value / np.maximum(fires, 1e-30)      # where it fires
+    norm, moved = (rows.norm(dim=1).cpu().numpy() for rows in (W, W - W_start))
+    columns = dict(fires=fires, value=active, moved=moved, norm=norm, scale_free=norm * active,
+                   function=norm * value, ablation=added / W.shape[1])
     for label, here in (("below", squared < boundary), ("above", squared >= boundary)):
         if here.any():
             stats[f"norm² {label} {boundary:.2g}"] = dict(features=int(here.sum())) | {
                 key: float(column[here].mean()) for key, column in columns.items()}
     counts, edges = np.histogram(np.log10(squared), 60)
-    return stats | {"below_0.2": float((squared < 0.2).mean()),
+    return stats | {"below_0.2": float((squared < 0.2).mean()), "negative": (W < 0).double().mean().item(),
                     "initial_squared_norm": W_start.square().sum(1).mean().item(),
-                    "negative": (W < 0).double().mean().item(),
                     "explained": (spectrum.cumsum() / spectrum.sum()).tolist(),
-                    "edges": (10 ** edges).tolist(), "counts": counts.tolist()}, resamples
+                    "edges": (10 ** edges).tolist(), "counts": counts.tolist()}
 
 def measure_gram(cfg):
     """Stage `gram`: decoders of sae and joint, same tokens; claims 8 to 10 and 13 beside their controls."""
     from scipy.stats import spearmanr
-    (data, models), arms, resamples = open_arms(cfg, only=("sae", "joint")), {}, {}
+    data, models = open_arms(cfg, only=("sae", "joint"))
     torch.manual_seed(cfg.seed)                           # where the training of both started from
     start = make_arm("joint", **sizes_of(cfg, data.D)).to(cfg.device).requires_grad_(False)
     joint, sae = models["joint"], models["sae"]
     use_sae, use = (feature_use(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
                     for model in (sae, joint))
     both = np.stack([*use["sae"][:2], np.full(sae.sae.F, math.nan)])       # no one cut is of both decoders
-    for name, W, W_start, used in (
-            ("sae", sae.sae.W_dec, start.sae.W_dec, use_sae["sae"]),
-            ("joint", joint.sae.W_dec, start.sae.W_dec, use["sae"]),
-            ("joint W_lin", joint.nfm.W_lin, start.nfm.W_lin, use["linear"]),
-            ("joint folded", joint.sae.W_dec + joint.nfm.W_lin, start.sae.W_dec + start.nfm.W_lin, both)):
-        arms[name], resamples[name] = measure_decoder(W, W_start, used, cfg.seed)
+    arms = {name: measure_decoder(*decoder, cfg.seed) for name, *decoder in (
+        ("sae", sae.sae.W_dec, start.sae.W_dec, use_sae["sae"]),
+        ("joint", joint.sae.W_dec, start.sae.W_dec, use["sae"]),
+        ("joint W_lin", joint.nfm.W_lin, start.nfm.W_lin, use["linear"]),
+        ("joint folded", joint.sae.W_dec + joint.nfm.W_lin, start.sae.W_dec + start.nfm.W_lin, both))}
+    drawn_sae, drawn, *_ = (arm.pop("resamples") for arm in arms.values())
+    more = [arms["joint"]["bimodality"] - arms["sae"]["bimodality"],
+            *np.percentile(drawn - drawn_sae, (2.5, 97.5))]
     (dec, lin, V), (_, *untouched) = (
         [W.norm(dim=1).cpu().numpy() for W in (m.sae.W_dec, m.nfm.W_lin, m.nfm.V)] for m in (joint, start))
     f_dec, f_lin, used = dec * use["sae"][1], lin * use["linear"][1], use["linear"][0] > 0
-    by_function = float(spearmanr(dec[used], (f_lin / (f_dec + f_lin + 1e-30))[used]).statistic)
-    low, high = np.percentile(resamples["joint"] - resamples["sae"], (2.5, 97.5)).tolist()
-    more = [arms["joint"]["bimodality"] - arms["sae"]["bimodality"], low, high]
+    by_function = spearmanr(dec[used], (f_lin / (f_dec + f_lin + 1e-30))[used]).statistic
     arms["joint"] |= dict(
         share=norm_shares(dec, lin, V, untouched, seed=cfg.seed) | dict(r_function=by_function),
-        bimodality_less_sae=more if arms["joint"]["modes"] > 1 else [min(0.0, value) for value in more],
+        bimodality_less_sae=np.minimum(more, math.inf if arms["joint"]["modes"] > 1 else 0).tolist(),
         cost_exponent=dict(pairwise=cost_exponent(fm_interaction_pairwise, 16),
                            identity=cost_exponent(fm_interaction, 256)))
     arms["sae"]["first_50_untouched"] = first_50 = gram_stats(sae.sae.W_dec + start.nfm.W_lin)["first_50"]
     arms["joint folded"]["first_50_less_sae"] = arms["joint folded"]["first_50"] - first_50
     about = ["Decoder rows by squared norm: below and above the antimode, or else 0.2"]
     for name, arm in arms.items():
-        groups = [entry for part, entry in arm.items() if part.startswith("norm²")]
-        if len(groups) == 2:
-            fires, moved = (groups[0][key] / max(groups[1][key], 1e-30) for key in ("fires", "moved"))
+        low, *rest = (entry for part, entry in arm.items() if part.startswith("norm²"))
+        for high in rest:                                 # one, or none
+            fires, moved = (low[key] / max(high[key], 1e-30) for key in ("fires", "moved"))
             about.append(f"{name}: features of low norm fire {fires:.2f} times as often as the others, and "
                          f"moved {moved:.2f} times as far")
     return dict(arms=arms, about=about)
@@ -1493,17 +1462,17 @@ def measure_gram(cfg):
 
 def secondary_of(cfg, name, model, data):
     """The secondary SAE of an arm, which stage `secondary` trains, and what open_data gives, but for m: D is
-    K, and the standardiser takes raw activations to standardised m. Raises UserError if there is none."""
-    path, K, mine = cfg.run / f"{name}.secondary.safetensors", cfg.embedding, copy.copy(data)
+    K, and the standardiser takes raw activations to standardised m. UserError if there is none."""
+    path, K = cfg.run / f"{name}.secondary.safetensors", cfg.embedding
+    mine = types.SimpleNamespace(**vars(data) | dict(D=K))
     def read(raw):
         return model.nfm.post_mlp1(*model.sae.encode(data.standardiser.encode(raw)))
-    mine.D = K
     if not path.exists() and cfg.stage != "secondary":
         raise UserError(f"there is no {path}: run the stage `secondary` first")
     if not path.exists():
         own = types.SimpleNamespace(**vars(cfg) | dict(features=25 * K, k=max(1, K // 2)))   # k: 2 % of them
-        stream = data.stream("train")
-        mine.standardiser, _ = estimate_standardiser(data.lm, cfg.layer, stream, skip=data.skip, read=read)
+        mine.standardiser, _ = estimate_standardiser(
+            data.lm, cfg.layer, data.stream("train"), skip=data.skip, read=read)
         train_pass(own, mine, {path.stem: [new_candidate(own, path.stem, lr, K) for lr in cfg.lr]})
     secondary = load_arm(path).to(cfg.device)
     mine.standardiser = Standardiser(secondary.standardiser.mean, secondary.standardiser.std, read)
@@ -1519,37 +1488,32 @@ def measure_secondary(cfg):
     (data, models), arms = open_pair(cfg), {}
     for name, model in models.items():
         secondary, mine = secondary_of(cfg, name, model, data)
-        def reconstructed(m, model=model, secondary=secondary):      # x_int behind the reconstruction of m
-            m_hat = secondary(secondary.standardiser.encode(m))["sae"]
-            return model.nfm.interaction(secondary.standardiser.decode(m_hat))
-        replaced = copy.deepcopy(model)
-        replaced.nfm.interaction = reconstructed
+        replaced = copy.deepcopy(model)                   # its x_int is that of the reconstructed m
+        replaced.nfm.interaction = lambda m, nfm=model.nfm, sae=secondary: nfm.interaction(
+            sae.standardiser.decode(sae(sae.standardiser.encode(m))["sae"]))
         of_m, of_x = (
             evaluate(those, held_out_batches(cfg, of, "test", cfg.eval_tokens), std=of.standardiser.std)
             for those, of in (({"m": secondary}, mine), ({"m": model, "m_hat": replaced}, data)))
         values, indices = model.sae.encode(next(held_out_batches(cfg, data, "test", cfg.eval_tokens))[0])
         none, one, two = (secondary_code(secondary, model.nfm.post_mlp1(       # of a token's largest features
             values[:, :2] * values.new_tensor(kept), indices[:, :2])) for kept in ([0, 0], [1, 0], [1, 1]))
+        moved = [((code - none).abs() > 1e-3).any(0).double().mean().item() for code in (one, two)]
+        mse, mse_replaced = of_x["m"]["mse"], of_x["m_hat"]["mse"]["full"]
         arms[name] = dict(
             features=secondary.sae.F, fvu=of_m["m"]["fvu"]["full"], dead=secondary.config["dead"],
-            mse=of_x["m"]["mse"]["full"], mse_replaced=of_x["m_hat"]["mse"]["full"],
-            mse_without=of_x["m"]["mse"]["sae+linear"],
-            **{f"moved_by_{label}": ((code - none).abs() > 1e-3).any(0).double().mean().item()
-               for label, code in (("one", one), ("two", two))})
+            mse=mse["full"], mse_replaced=mse_replaced, mse_without=mse["sae+linear"],
+            moved_by_one=moved[0], moved_by_two=moved[1])
     return dict(arms=arms, about=["Secondary SAEs: 25·K features on standardised m, the tokens of the arms"])
 
 
 # ------------------------------------------------------------------------------------------ anova
-# Claim 11: clamp one secondary feature, and see whether two factors of a text interact in what the language
-# model says next. The paper looks at the logits of four lists of words. But any fixed vector moves four lists
-# non-additively: that shows no integration by itself, and stands beside random directions and other features
-# through the same recipe. What can show it is whether the clamp does more in some cells, such as formal and
-# emotional sentences, than the two factors add up to. Openings and continuations are crossed, so that no word
-# goes with one factor by accident; features are chosen on one half of the sentences and tested on the other.
+# Claim 11: clamp one secondary feature: do two factors of a text interact in what the model says next? The
+# paper reads the logits of four word lists, but any fixed vector moves those non-additively, so random ones
+# stand beside. Integration is where the clamp does more in some cells of sentences than factors add up to.
+# Openings and continuations are crossed: no word goes with a factor by accident. Half chooses, half tests.
 
 STIMULI = {   # two factors of two levels each: openings vary the first, continuations the second
-    "docs": dict(
-        openings=dict(
+    "docs": dict(openings=dict(
             reference=["Return type and behavior:", "Class reference:", "Method of the base class:",
                        "Function signature and result:", "Attributes and values:", "Low level interface:"],
             tutorial=["In this example we see that", "Let us try it now:", "As you can see below,",
@@ -1566,8 +1530,7 @@ STIMULI = {   # two factors of two levels each: openings vary the first, continu
                "tutorial/error": "not cannot fail but errors zero negative should",
                "tutorial/success": "example we you see use now can here"},
         prompts=["The following is", "It is the", "This value and the", "See also the", "For the input of"]),
-    "formality-emotion": dict(
-        openings=dict(
+    "formality-emotion": dict(openings=dict(
             formal=["The committee wishes to state that", "We hereby inform you that", "It is noted that",
                     "The undersigned confirms that", "Please be advised that", "The board concluded that"],
             informal=["Hey, so guess what,", "Ok look, honestly,", "Dude, I swear", "Yeah so anyway,",
@@ -1587,18 +1550,17 @@ STIMULI = {   # two factors of two levels each: openings vary the first, continu
 def load_stimuli(source):
     """Stimuli by name, or from a JSON file of the same form. UserError naming the cell that is malformed."""
     stimuli = STIMULI.get(source) or read_json(source)
-    lists, levels = {"prompts": stimuli.get("prompts")}, []
+    parts = {part: cells for part, cells in stimuli.items() if isinstance(cells, dict)}
+    lists, words = {"prompts": stimuli.get("prompts")}, {}
     for part in ("openings", "continuations"):
-        named = stimuli.get(part) if isinstance(stimuli.get(part), dict) else {}
-        sizes = {len(texts) if isinstance(texts, list) else 0 for texts in named.values()}
-        if len(named) != 2 or len(sizes) != 1 or min(sizes) < 4 or min(sizes) % 2:
+        sizes = [len(texts) if isinstance(texts, list) else 0 for texts in parts.get(part, {}).values()]
+        if len(sizes) != 2 or sizes[0] != sizes[1] or sizes[0] < 4 or sizes[0] % 2:
             raise UserError(f"stimuli {source}: {part!r} must be two levels, lists of 4, 6, … strings each")
-        lists |= {f"{part}/{level}": texts for level, texts in named.items()}
-        levels.append(list(named))
-    words = stimuli.get("words") if isinstance(stimuli.get("words"), dict) else {}
-    words = {cell: words.get(cell) for cell in map("/".join, itertools.product(*levels))}
-    words = {cell: texts.split() if isinstance(texts, str) else texts for cell, texts in words.items()}
-    for cell, texts in (lists | {f"words/{cell}": texts for cell, texts in words.items()}).items():
+        lists |= {f"{part}/{level}": texts for level, texts in parts[part].items()}
+    for cell in map("/".join, itertools.product(parts["openings"], parts["continuations"])):
+        texts = parts.get("words", {}).get(cell)
+        words[cell] = lists[f"words/{cell}"] = texts.split() if isinstance(texts, str) else texts
+    for cell, texts in lists.items():
         if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
             raise UserError(f"stimuli {source}: {cell!r} must be a list of strings")
     return stimuli | dict(words=words)
@@ -1608,27 +1570,27 @@ def word_tokens(tokenizer, words, source):
     their token being unknown or shared). Raises UserError where fewer than 4 are left in a cell."""
     def first(word):
         bare, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
-        return ids[len(bare)] if len(ids) > len(bare) else tokenizer.unk_token_id
-    ids = {cell: [first(word) for word in listed] for cell, listed in words.items()}
-    every = [token for tokens in ids.values() for token in tokens]
-    bad = {token for token in every if every.count(token) > 1} | {None, tokenizer.unk_token_id}
-    kept = {cell: [token for token in tokens if token not in bad] for cell, tokens in ids.items()}
-    if short := [f"{cell} ({len(tokens)})" for cell, tokens in kept.items() if len(tokens) < 4]:
+        return ids[len(bare)] if len(ids) > len(bare) else None
+    every = [(cell, word, first(word)) for cell, listed in words.items() for word in listed]
+    tokens = [token for *_, token in every]
+    bad = {token for token in tokens if tokens.count(token) > 1} | {None, tokenizer.unk_token_id}
+    kept = {cell: [token for its, _, token in every if its == cell and token not in bad] for cell in words}
+    if short := [f"{cell} ({len(ids)})" for cell, ids in kept.items() if len(ids) < 4]:
         raise UserError(f"stimuli {source}: fewer than 4 words have own tokens in {', '.join(short)}")
-    return kept, [word for cell in words for word, token in zip(words[cell], ids[cell], strict=True)
-                  if token in bad]
+    return kept, [word for _, word, token in every if token in bad]
 
 def fitted(y, *effects):
     """Least-squares fit of y (units, …) by a constant and effects, arrays of labels (units,)."""
     X = np.hstack([np.ones((len(y), 1))] + [np.equal.outer(labels, np.unique(labels)) for labels in effects])
     return X @ np.linalg.lstsq(X, y)[0]
 
+@np.errstate(divide="ignore", invalid="ignore")
 def two_way_anova(y, a, b):
     """Two-way ANOVA: y (units,) or (units, columns), labels a, b (units,) -> F_a p_a F_b p_b F_ab p_ab and
-    eta2_ab (partial), for each column. Type II where unbalanced: a main effect beyond the other one, not the
-    interaction (Yates, 1934); the full model's error. ValueError for an empty cell, or none of two units."""
+    eta2_ab (partial), for each column. Type II: a main effect is beyond the other, not beyond the interaction
+    (Yates, 1934), over the full model's error. ValueError for an empty cell, or none of two units."""
     from scipy.stats import f as f_distribution
-    (_, a), (_, b) = (np.unique(labels, return_inverse=True) for labels in (a, b))
+    a, b = (np.unique(labels, return_inverse=True)[1] for labels in (a, b))
     y, cell, n_a, n_b = np.asarray(y, dtype=float), a * (b.max() + 1) + b, a.max() + 1, b.max() + 1
     freedom = len(y) - n_a * n_b
     if len(np.unique(cell)) < n_a * n_b or not freedom:
@@ -1638,9 +1600,8 @@ def two_way_anova(y, a, b):
     result = dict(eta2_ab=(additive - error) / np.maximum(additive, 1e-300))
     for name, gone, df in (("a", no_a - additive, n_a - 1), ("b", no_b - additive, n_b - 1),
                            ("ab", additive - error, (n_a - 1) * (n_b - 1))):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result[f"F_{name}"] = gone / df / (error / freedom)
-        result[f"p_{name}"] = f_distribution.sf(result[f"F_{name}"], df, freedom)
+        result[f"F_{name}"] = F = gone / df / (error / freedom)
+        result[f"p_{name}"] = f_distribution.sf(F, df, freedom)
     return result
 
 def share_beyond(statistics, own):
@@ -1648,60 +1609,54 @@ def share_beyond(statistics, own):
     return float((statistics[np.isfinite(statistics)] >= own).mean()) if np.isfinite(own) else math.nan
 
 def freedman_lane(y, a, b, *, permutations=999, seed=0):
-    """Permutation p of the interaction: y, a, b (units,). What the additive model leaves of y is permuted and
-    put back on its fit (Freedman and Lane, 1983)."""
+    """Permutation p of the interaction in y (units,), of additive residuals (Freedman and Lane, 1983)."""
     rng, fit = np.random.default_rng(seed), fitted(y, a, b)
     left = np.stack([y - fit] + [rng.permutation(y - fit) for _ in range(permutations)], 1)
     statistic = two_way_anova(fit[:, None] + left, a, b)["F_ab"]
     return share_beyond(statistic, statistic[0] * (1 - 1e-9))
 
 def crossed_p(y):
-    """p of an interaction in y (openings, continuations), the first half of each of one level. The cells of
-    an opening, or of a continuation, are not independent: two t-tests, on one contrast for each opening and
-    on one for each continuation, of which the larger p counts (Clark, 1973)."""
+    """p of an interaction in y (openings, continuations), the first half of each of one level: the larger p
+    of two t-tests, on a contrast an opening and on one a continuation, which cells share (Clark, 1973)."""
     from scipy.stats import ttest_ind
-    def halves(values):
-        return np.split(values, 2, axis=-1)
-    contrasts = (first.mean(1) - second.mean(1) for first, second in (halves(y), halves(y.T)))
-    return float(np.max([ttest_ind(*halves(each)).pvalue for each in contrasts]))
+    halves = (np.split(table, 2, axis=1) for table in (y, y.T))
+    contrasts = [first.mean(1) - second.mean(1) for first, second in halves]
+    return float(np.max([ttest_ind(*np.split(each, 2)).pvalue for each in contrasts]))
 
 def spliced_texts(cfg, data, model, secondary, texts):
-    """Texts with x_hat spliced in behind the first position, as a namespace: `of` (rows,), the text that each
-    such position belongs to, -1 on padding; codes, of "secondary" and of "primary" features, these as the NFM
-    reads them, (rows, features), 0 on padding; logits(secondary=change of m, primary=change of x_hat),
-    (texts, vocabulary), of the token after each text."""
-    bos = data.tokenizer.bos_token_id
-    ids = [[bos] * (bos is not None) + data.tokenizer(text, add_special_tokens=False)["input_ids"]
-           for text in texts]
-    length, numbers = torch.tensor([len(row) for row in ids]), torch.arange(len(ids))
-    tokens = torch.tensor([row + [0] * (int(length.max()) - len(row)) for row in ids], device=cfg.device)
-    real = torch.arange(data.skip, tokens.shape[1]) < length[:, None]
-    of = torch.where(real, numbers[:, None], -1).flatten().to(cfg.device)
+    """Texts with x_hat spliced in behind the first position: a namespace of `of` (rows,), the text of each
+    such row, -1 on padding; codes {"secondary", "primary" (as the NFM reads it): (rows, features)}, there 0;
+    logits(secondary=change of m, primary=change of x_hat), (texts, vocabulary), of the next token."""
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    bos = [data.tokenizer.bos_token_id] * (data.tokenizer.bos_token_id is not None)
+    ids = [torch.tensor(bos + data.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    tokens, last = pad(ids).to(cfg.device), torch.tensor([len(row) - 1 for row in ids])
+    of = pad([torch.full_like(row[data.skip:], at) for at, row in enumerate(ids)], padding_value=-1)
+    of = of.flatten().to(cfg.device)
     x = data.standardiser.encode(capture(data.lm, cfg.layer, tokens)[:, data.skip:].float()).flatten(0, 1)
     values, indices = model.sae.encode(x)
     parts, m, n = model(x), model.nfm.post_mlp1(values, indices), model.nfm.n
-    primary = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices[:, :n], values[:, :n])
-    codes = {"secondary": secondary_code(secondary, m), "primary": primary}
+    read = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices[:, :n], values[:, :n])
+    codes = {path: code * (of >= 0)[:, None]
+             for path, code in (("secondary", secondary_code(secondary, m)), ("primary", read))}
     def logits(secondary=0.0, primary=0.0):
         x_hat = parts["sae"] + parts["linear"] + model.nfm.interaction(m + secondary) + primary
         new = data.standardiser.decode(x_hat).view(len(ids), -1, data.D)
-        return splice_in(data, cfg.layer, tokens, new)[numbers, length - 1].double()
-    return types.SimpleNamespace(
-        of=of, logits=logits, codes={path: code * (of >= 0)[:, None] for path, code in codes.items()})
+        return splice_in(data, cfg.layer, tokens, new)[torch.arange(len(ids)), last].double()
+    return types.SimpleNamespace(of=of, logits=logits, codes=codes)
 
 def choose_features(found, tested, prompts, a, b):
-    """Features that one half of the stimuli points at, {why: (path, feature)}: of secondary ones, that which
-    varies most over the four cells and that of the largest interaction F; of primary ones, that of the
-    largest F (t²) for each factor. Only of those active in both a prompt and a sentence of the other half;
-    and how often they are, {path: (features,)}. Raises UserError if none is."""
-    chosen, activity = {}, {}
+    """Features that stand out in `found`, {why: (path, feature)}: secondary by variance over the cells or
+    interaction F, primary by the F of a factor; of those active in both a prompt and a sentence of `tested`:
+    how often they are there, {path: (features,)}. Raises UserError if none is."""
+    chosen, activity, lengths = {}, {}, (found.of >= 0).view(len(a), -1).sum(1, keepdim=True)
     for path, code in tested.codes.items():
-        in_both = (code[tested.of < prompts] > 0).any(0) & (code[tested.of >= prompts] > 0).any(0)
-        activity[path] = ((code > 0).sum(0) * in_both).cpu().numpy()
+        active, in_prompt = code > 0, tested.of < prompts
+        in_both = active[in_prompt].any(0) & active[~in_prompt].any(0)
+        activity[path] = (active.sum(0) * in_both).cpu().numpy()
         if not in_both.any():
             raise UserError(f"no {path} feature is active both in a prompt and in a sentence")
-        sums = code.new_zeros(1 + len(a), code.shape[1]).index_add_(0, found.of + 1, found.codes[path])
-        means = (sums / torch.bincount(found.of + 1, minlength=1 + len(a))[:, None])[1:].cpu().numpy()
+        means = (found.codes[path].view(len(a), -1, code.shape[1]).sum(1) / lengths).cpu().numpy()
         anova, cells = two_way_anova(means, a, b), [means[2 * a + b == cell].mean(0) for cell in range(4)]
         scores = {"secondary": dict(variance=np.var(cells, axis=0), interaction=anova["F_ab"]),
                   "primary": {"first factor": anova["F_a"], "second factor": anova["F_b"]}}[path]
@@ -1712,21 +1667,20 @@ def choose_features(found, tested, prompts, a, b):
 def measure_clamps(cfg, data, model, secondary, stimuli, words):
     """Claim 11 for one arm and set of stimuli: {why chosen: results} of features chosen on one half of these
     and clamped to -4 times themselves on the other, beside their nulls. UserError if none can be."""
-    halves, prompts = [], len(stimuli["prompts"])
-    for half in (0, 1):
-        firsts, seconds = (np.concatenate([np.split(np.array(texts), 2)[half] for texts in level.values()])
-                           for level in (stimuli["openings"], stimuli["continuations"]))
-        halves.append([f"{first} {second}" for first in firsts for second in seconds])
-    shape = len(firsts), len(seconds)
-    a, b = (np.indices(shape) * 2 // np.reshape(shape, (2, 1, 1))).reshape(2, -1)   # levels of each sentence
-    cell = np.repeat(range(4), [len(tokens) for tokens in words.values()])          # of each word
+    openings, continuations = (np.array([*stimuli[part].values()]).reshape(2, 2, -1)   # (level, half, text)
+                               for part in ("openings", "continuations"))
+    first, second = ([*map(" ".join, itertools.product(openings[:, half].flat, continuations[:, half].flat))]
+                     for half in (0, 1))
+    prompts, shape = len(stimuli["prompts"]), (2, openings.shape[2], 2, continuations.shape[2])
+    a, b = np.indices(shape)[::2].reshape(2, -1)          # levels of each sentence
+    cell = np.repeat(range(4), [*map(len, words.values())])                # of each word
     word_ids, generator = list(itertools.chain(*words.values())), torch.Generator().manual_seed(cfg.seed)
     signs = torch.tensor(np.array([1, -1, -1, 1])[cell] / np.bincount(cell)[cell])
     found, tested = (spliced_texts(cfg, data, model, secondary, texts)
-                     for texts in (halves[0], stimuli["prompts"] + halves[1]))
+                     for texts in (first, stimuli["prompts"] + second))
     chosen, activity = choose_features(found, tested, prompts, a, b)
     rows = {"secondary": secondary.sae.W_dec * secondary.standardiser.std, "primary": model.nfm.W_lin}
-    unclamped = tested.logits()
+    unclamped, results = tested.logits(), {}
 
     @functools.cache
     def clamp(path, feature, c=-4, direction=None):
@@ -1737,35 +1691,31 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
         return dict(words=moved[:prompts].mean(0).numpy(), contrast=(moved[prompts:] @ signs).numpy(),
                     kl=kl_divergence(unclamped, logits)[prompts:].cpu().numpy())
 
-    def nulls_of(path, feature):
-        row, v = rows[path][feature], torch.randn(100, rows[path].shape[1], generator=generator)
-        directions = (v * row.norm().cpu() / v.norm(dim=1, keepdim=True)).to(row)
-        nulls = {"random": [clamp(path, feature, direction=direction) for direction in directions]}
+    for why, (path, feature) in chosen.items():
+        own, v = clamp(path, feature), torch.randn(100, rows[path].shape[1], generator=generator)
+        v = v * rows[path][feature].norm().cpu() / v.norm(dim=1, keepdim=True)
+        nulls = {"random": [clamp(path, feature, direction=row) for row in v.to(rows[path])]}
         for other, counts in activity.items():            # nearest in activity first
             near = np.argsort(abs(counts - activity[path][feature]), kind="stable").tolist()
-            same = [(other, i) for i in near if counts[i] and (other, i) != (path, feature)]
-            nulls[other] = [clamp(*each) for each in same[:100]]
-        return nulls
-
-    def compare(path, feature):
-        own, nulls = clamp(path, feature), nulls_of(path, feature)
-        dose = {c: clamp(path, feature, c)["words"] for c in (-4, 0, 1, 4)}
-        result = dict(feature=feature, stimuli="/".join([*stimuli["openings"], *stimuli["continuations"]]),
-                      nulls={null: len(many) for null, many in nulls.items()}, dose={
-                          c: [float(moved[cell == k].mean()) for k in range(4)] for c, moved in dose.items()})
+            near = [(other, i) for i in near if counts[i] and (other, i) != (path, feature)]
+            nulls[other] = [clamp(*each) for each in near[:100]]
+        results[why] = entries = dict(
+            feature=feature, stimuli="/".join([*stimuli["openings"], *stimuli["continuations"]]),
+            nulls={null: len(many) for null, many in nulls.items()},
+            dose={c: [float(clamp(path, feature, c)["words"][cell == k].mean()) for k in range(4)]
+                  for c in (-4, 0, 1, 4)})
         for measure, labels in (("words", (cell // 2, cell % 2)), ("kl", (a, b)), ("contrast", (a, b))):
             y = own[measure]
-            result[measure] = entry = {key: float(value) for key, value in two_way_anova(y, *labels).items()}
+            entries[measure] = entry = {key: float(value) for key, value in two_way_anova(y, *labels).items()}
             for null, many in nulls.items():
                 F = [entry["F_ab"], *(two_way_anova(each[measure], *labels)["F_ab"] for each in many)]
                 entry[f"p_{null}"] = share_beyond(np.array(F), F[0])
             if measure == "words":
                 entry["p_permuted"] = freedman_lane(y, *labels, seed=cfg.seed)
             else:                                         # that a feature fires more in one cell is none
-                entry["p_crossed"] = crossed_p(y.reshape(shape))
+                entry["p_crossed"] = crossed_p(y.reshape(2 * shape[1], -1))
                 entry["p"] = max(entry["p_crossed"], entry["p_random"], entry["p_secondary"])
-        return result
-    return {why: compare(*which) for why, which in chosen.items()} | dict(cells=list(words))
+    return results | dict(cells=list(words))
 
 def measure_anova(cfg):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11 beside its controls."""
@@ -1777,38 +1727,37 @@ def measure_anova(cfg):
              "multipliers c; a p against nulls is at least 1 / (1 + their number)."]
     for (source, stimuli), (name, model) in itertools.product(sets.items(), models.items()):
         secondary, _ = secondary_of(cfg, name, model, data)
+        key = f"{name} ({source})" if name in arms else name
         try:
             words, dropped = word_tokens(data.tokenizer, stimuli["words"], source)
-            results = measure_clamps(cfg, data, model, secondary, stimuli, words)
+            arms[key] = measure_clamps(cfg, data, model, secondary, stimuli, words)
+            if name == "joint":
+                about += [f"{source}: words dropped, token unknown or shared: {' '.join(dropped) or 'none'}"]
         except UserError as error:
             about.append(f"refused, {name} on {source}: {error}")
-            continue
-        if name == "joint":
-            about.append(f"{source}: words dropped, token unknown or shared: {' '.join(dropped) or 'none'}")
-        arms[f"{name} ({source})" if name in arms else name] = results
     return dict(arms=arms, about=about)
 
 
 # ------------------------------------------------------------------------------------------ inspect
-# What a feature, or a pair of them, stands for: where in held-out text it is strongest, and which words it
-# raises. A pair's interaction is the second difference of the nonlinear path, q(a+b) - q(a) - q(b) + q(0), at
-# the two features' mean values; only pairs that really meet in the text are ranked.
+# What a feature or a pair of them stands for: where in held-out text it is strongest, which words it raises.
+# A pair's interaction is the second difference of the nonlinear path, q(a+b) - q(a) - q(b) + q(0), at the two
+# features' mean values; only pairs that really meet in the text are ranked.
 
 def count_pairs(model, batches, *, most=16):
     """Pairs that meet among the `most` largest features of a token that the NFM reads: pairs (P, 2), the
     tokens in which each meets (P,), and every feature's mean value where it is active (F,)."""
-    F, most, device = model.sae.F, min(most, model.nfm.n), model.sae.W_dec.device
+    F, n, device = model.sae.F, model.nfm.n, model.sae.W_dec.device
     total, fires = torch.zeros(2, F, device=device)
-    first, second = torch.triu_indices(most, most, 1)
     keys, counts = torch.zeros(2, 0, dtype=torch.long, device=device)
+    places = torch.triu_indices(min(most, n), min(most, n), 1)
     for x, _ in batches:
-        values, indices = (code[:, :model.nfm.n].contiguous() for code in model.sae.encode(x))
+        values, indices = (code[:, :n].contiguous() for code in model.sae.encode(x))
         total.index_add_(0, indices.flatten(), values.flatten())
         fires.index_add_(0, indices.flatten(), (values > 0).float().flatten())
-        ids = torch.stack([indices[:, first], indices[:, second]], -1).sort(-1).values[values[:, second] > 0]
-        new, new_counts = (ids[:, 0] * F + ids[:, 1]).unique(return_counts=True)
-        keys, places = torch.cat([keys, new]).unique(return_inverse=True)
-        counts = torch.zeros_like(keys).index_add_(0, places, torch.cat([counts, new_counts]))
+        first, second = indices[:, places].sort(1).values.unbind(1)
+        new = (first * F + second)[values[:, places[1]] > 0]
+        keys, at = torch.cat([keys, new]).unique(return_inverse=True)
+        counts = torch.zeros_like(keys).index_add_(0, at, torch.cat([counts, torch.ones_like(new)]))
     return torch.stack([keys // F, keys % F], 1), counts, total / fires.clamp_min(1)
 
 def pair_interaction(nfm, pairs, mean):
@@ -1818,8 +1767,8 @@ def pair_interaction(nfm, pairs, mean):
     return both - first - second + none
 
 def top_contexts(cfg, data, model, probes, *, count=4):
-    """Where probes {label: (features, secondary SAE or None, …)} are largest in test text, by the product of
-    their features' values: {label: (share of tokens above 0, [(value, window's ids, position), …])}."""
+    """Where probes (make_probes) are largest in test text, a pair by the product of its features' values:
+    {label: (share of tokens above 0, [(value, window's ids, position), …])}."""
     best, fires, tokens = {label: [] for label in probes}, dict.fromkeys(probes, 0), 0
     for ids, _ in held_out_windows(cfg, data, "test", cfg.eval_tokens):
         x = data.standardiser.encode(extract(data.lm, cfg.layer, ids, skip=data.skip))
@@ -1843,23 +1792,22 @@ def make_probes(cfg, data, model):
     probes, nfm = {}, model.nfm
     for asked in cfg.asked:
         secondary = secondary_of(cfg, cfg.arm, model, data)[0] if asked.startswith("s") else None
-        sae = (secondary or model).sae
-        feature = int(asked.lstrip("s")) if re.fullmatch("s?[0-9]+", asked) else sae.F
-        if feature >= sae.F:
+        W, number = (secondary or model).sae.W_dec, asked.removeprefix("s")
+        if not re.fullmatch("[0-9]+", number) or int(number) >= len(W):
             raise UserError(f"arm {cfg.arm!r} has no feature {asked!r}: 12 is primary, s12 secondary")
+        feature, row = int(number), W[int(number)]
         if secondary:
-            mean, std = secondary.standardiser.mean, secondary.standardiser.std
-            effect = nfm.interaction(mean + sae.W_dec[feature] * std) - nfm.interaction(mean)
+            standardiser = secondary.standardiser
+            effect = nfm.interaction(standardiser.decode(row)) - nfm.interaction(standardiser.mean)
         else:
-            effect = sae.W_dec[feature] + (nfm.W_lin[feature] if nfm.has_linear else 0)
+            effect = row + (nfm.W_lin[feature] if nfm.has_linear else 0)
         probes[f"feature {asked}"] = [feature], secondary, effect
     if not cfg.asked:
         pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
-        if not (counts >= 30).any():
+        if not len(pairs := pairs[counts >= 30]):
             raise UserError("no pair of features meets in 30 tokens of the test text: raise --eval-tokens")
-        some = pairs[counts >= 30].split(4096)
-        strength = torch.cat([pair_interaction(nfm, those, mean).norm(dim=1) for those in some])
-        for pair in torch.cat(some)[strength.argsort(descending=True)[:cfg.pairs]]:
+        strength = torch.cat([pair_interaction(nfm, some, mean).norm(dim=1) for some in pairs.split(4096)])
+        for pair in pairs[strength.argsort(descending=True)[:cfg.pairs]]:
             (a, b), effect = pair.tolist(), pair_interaction(nfm, pair[None], mean)[0]
             probes[f"features {a} and {b}, interaction {effect.norm():.3f}"] = [a, b], None, effect
     return probes
@@ -1871,11 +1819,10 @@ def measure_inspect(cfg):
     if options is None or options.get("pooling", "product") is None:
         raise UserError(f"arm {cfg.arm!r} has no interaction to inspect")
     (data, models), about, arms = open_arms(cfg, only=(cfg.arm,), whole=True), [], {}
-    model = models[cfg.arm]
+    probes, head = make_probes(cfg, data, models[cfg.arm]), data.lm.get_output_embeddings().weight.float()
     def text(ids):
         return data.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " ")
-    probes, head = make_probes(cfg, data, model), data.lm.get_output_embeddings().weight.float()
-    for label, (fires, best) in top_contexts(cfg, data, model, probes).items():
+    for label, (fires, best) in top_contexts(cfg, data, models[cfg.arm], probes).items():
         logits = head @ (probes[label][2] * data.standardiser.std)
         words = [text([token]) for token in logits.topk(6).indices.tolist()]
         shown = [f"{value:8.2f}  {text(ids[:at][-12:])}«{text([ids[at]])}»{text(ids[at + 1:at + 6])}"
@@ -1921,74 +1868,66 @@ def run_plan(cfg):
 # Every claim beside its control in one file, and a figure for each question that a table answers badly.
 
 def draw(path, panels):
-    """Draw panels, (axes' settings, series), side by side. A series is (kind, label, x, y): "line", "points"
-    (y may be names), "steps" (y counts between edges x), "band" (y low, high), "at" (a vertical at x)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw panels, (axes' settings, series), side by side; a series: (Axes' method, label, its arguments)."""
+    from matplotlib.figure import Figure
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # of Okabe and Ito, 2008
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 4), squeeze=False, layout="constrained")
-    for axis, (settings, series) in zip(axes[0], panels, strict=True):
-        for number, (kind, label, x, y) in enumerate(series):
-            style = dict(label=label, color=colours[number % 6])
-            if kind == "band":
-                axis.fill_between(x, *y, alpha=0.3, linewidth=0, **style)
-            elif kind == "at":
-                axis.axvline(x, linestyle="--", linewidth=1, **style)
-            elif kind == "steps":
-                axis.stairs(y, x, linewidth=1.5, **style)
-            else:
-                axis.plot(x, y, "osD^vX"[number % 6] if kind == "points" else "-", **style)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (settings, series) in zip(axes, panels, strict=True):
+        for number, (method, label, *values) in enumerate(series):
+            style = dict(axvline=dict(linestyle="--", linewidth=1), fill_between=dict(alpha=0.3, linewidth=0),
+                         scatter=dict(marker="osD^vX"[number % 6], zorder=2), stairs=dict(linewidth=1.5))
+            getattr(axis, method)(*values, label=label, color=colours[number % 6], **style.get(method, {}))
+            axis.yaxis.set_inverted(method == "scatter")  # the first name on top
         axis.set(**settings)
         axis.grid(alpha=0.25)
-        axis.yaxis.set_inverted("points" in [kind for kind, *_ in series])           # the first name on top
         axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 + (len(panels) == 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
 
 def weight_figures(arms):
     """The figures of gram's results, as in figures_of."""
-    share, paper = arms["joint"]["share"], ("at", "the paper's 0.2", 0.2, None)
+    share, paper = arms["joint"]["share"], ("axvline", "the paper's 0.2", 0.2)
+    bins, (_, *band) = share["bins"], np.transpose(share["nfm_by_norm_shuffled"])
     decoders = {name: arms[name] for name in ("sae", "joint", "joint folded")}
-    starts = {f"{name}'s start": decoders[name]["initial_squared_norm"] for name in ("joint", "joint folded")}
-    norms = [("steps", name, arm["edges"], arm["counts"]) for name, arm in decoders.items()]
+    norms = [("stairs", name, arm["counts"], arm["edges"]) for name, arm in decoders.items()]
+    norms += [paper, *(("axvline", f"{name}'s start", decoders[name]["initial_squared_norm"])
+                       for name in ("joint", "joint folded"))]
     return {"norms": (
         "Squared norms of decoder rows. Claim 8 falls if `sae`, on the same tokens, has as many modes, "
         "or if the low mode holds the features that hardly fired and hardly moved.",
-        [(dict(xlabel="squared norm", ylabel="features", xscale="log"),
-          [*norms, paper, *(("at", label, start, None) for label, start in starts.items())])]), "shares": (
+        [(dict(xlabel="squared norm", ylabel="features", xscale="log"), norms)]), "shares": (
         "The NFM's share of a feature's norms. Claim 9 falls where the trained curve lies in the band: a "
         "share falls with a norm that is part of it.",
         [(dict(xlabel="squared norm of the decoder row", ylabel="NFM share", xscale="log"), [
-            ("band", "shuffled, 95 %", share["bins"], np.transpose(share["nfm_by_norm_shuffled"])[1:]),
-            paper, ("line", "trained", share["bins"], share["nfm_by_norm"]),
-            ("line", "W_lin and V untouched", share["bins"], share["nfm_by_norm_untouched"])])]), "pca": (
+            ("fill_between", "shuffled, 95 %", bins, *band), paper,
+            ("plot", "trained", bins, share["nfm_by_norm"]),
+            ("plot", "W_lin and V untouched", bins, share["nfm_by_norm_untouched"])])]), "pca": (
         "Variance of decoder rows by principal component, centred. Claim 10 falls if the curves differ "
         "at 90 %, or if folding W_lin in removes what differs in the first 50.",
         [(dict(xlabel="components", ylabel="share of variance"), [
-            ("line", name, range(1, 1 + len(arm["explained"])), arm["explained"])
+            ("plot", name, range(1, 1 + len(arm["explained"])), arm["explained"])
             for name, arm in decoders.items()])])}
 
 def figures_of(found, log):
     """The figures that results {stage: arms} and the entries of train.jsonl allow: {name: (caption, panels)};
     a caption says what would refute the claim."""
     figures, paths = {}, ("sae", "sae+linear", "sae+interaction", "full")
-    def points(arms, **places):                           # {label: where a figure of each arm stands}
-        return [("points", label, [math.nan if (value := lookup(arm, place)) is None else value
-                                   for arm in arms.values()], list(arms)) for label, place in places.items()]
+    def by_arm(arms, xlabel, places):                     # places {label: where an arm's figure stands}
+        return [(dict(xlabel=xlabel, xscale="log"), [
+            ("scatter", label, np.array([lookup(arm, place) for arm in arms.values()], float), [*arms])
+            for label, place in places.items()])]
     if arms := found.get("recon"):
         figures["reconstruction"] = (
             "Error by arm and path on held-out documents. Claim 1 falls if `sae` or `sae@matched` is as low "
             "as `joint` in full, whatever joint's own SAE path leaves.",
-            [(dict(xlabel="fraction of variance unexplained", xscale="log"),
-              points(arms, **{path: f"fvu_by_path/{path}" for path in paths}))])
+            by_arm(arms, "fraction of variance unexplained", {at: f"fvu_by_path/{at}" for at in paths}))
     if arms := found.get("kl"):
+        places = {path: f"{path}/kl" for path in paths} | {"random error": "full/kl_random"}
         figures["kl"] = (
             "KL by arm and path, beside that of a random error as large as the full path's. Claim 5 falls if "
             "`sae` is as low as `joint` in full, claim 6 if random errors cost as much.",
-            [(dict(xlabel="KL from the clean model, nats a token", xscale="log"), points(
-                arms, **{path: f"{path}/kl" for path in paths}, **{"random error": "full/kl_random"}))])
+            by_arm(arms, "KL from the clean model, nats a token", places))
     if arms := found.get("gram"):
         figures |= weight_figures(arms)
     if arms := found.get("anova"):
@@ -1998,8 +1937,8 @@ def figures_of(found, log):
             "through 0 at c = 1 are one observation, not one for each dose; lines that differ are no "
             "integration: see the nulls.",
             [(dict(xlabel=f"multiplier c of feature {arm[why]['feature']}, by {why}", ylabel="logits"), [
-                ("line", cell, list(map(float, arm[why]["dose"])), moved) for cell, moved in zip(
-                    arm["cells"], zip(*arm[why]["dose"].values(), strict=True), strict=True)])
+                ("plot", cell, [*map(float, arm[why]["dose"])], moved) for cell, moved in zip(
+                    arm["cells"], np.transpose([*arm[why]["dose"].values()]), strict=True)])
              for why in ("variance", "interaction")])
     def curve(arm, key):
         entries = [e for e in log if e["arm"] == arm and e["lr"] == lookup(found, f"recon/{arm}/lr")]
@@ -2009,23 +1948,22 @@ def figures_of(found, log):
             "Left: mean size of joint's parts; right: decoder rows with a squared norm below 0.2. If the "
             "share of low norms only falls from 1, they are rows that did not train: nothing crystallises.",
             [(dict(xlabel="step", ylabel="joint: mean |output|"), [
-                ("line", part, *curve("joint", f"magnitude/{part}")) for part in arms["joint"]["magnitude"]]),
+                ("plot", part, *curve("joint", f"magnitude/{part}")) for part in arms["joint"]["magnitude"]]),
              (dict(xlabel="step", ylabel="share of squared norms below 0.2"), [
-                 ("line", arm, *curve(arm, "low_norm")) for arm in ("sae", "joint")])])
+                 ("plot", arm, *curve(arm, "low_norm")) for arm in ("sae", "joint")])])
     return figures
 
 def run_report(cfg):
     """Stage `report`: every claim beside its control, and figures, in report.md; verdicts on the console."""
-    paths = {stage: cfg.run / "results" / f"{stage}.json" for stage in COLUMNS}
-    results = {stage: read_json(path) for stage, path in paths.items() if path.exists()}
+    paths = [cfg.run / "results" / f"{stage}.json" for stage in COLUMNS]
+    results = {path.stem: read_json(path) for path in paths if path.exists()}
     results = {stage: result for stage, result in results.items() if result.get("sha256") == source_hash()}
+    if not results:
+        raise UserError(f"{cfg.run} holds no results of this version: run the stage `recon` first")
     found = {stage: result["arms"] for stage, result in results.items()}
     missing = " ".join(stage for stage in COLUMNS if stage not in found) or "none"
-    if not found:
-        raise UserError(f"{cfg.run} holds no results of this version: run the stage `recon` first")
-    lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", "",
-             "| claim (paper's value) | paper's metric | controls, the deciding first | verdict |",
-             "|---|---|---|---|"]
+    lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", "", "| claim (paper's value) "
+             "| paper's metric | controls, the deciding first | verdict |", "|---|---|---|---|"]
     for title, stage, metrics, controls, decided, n in CLAIMS:
         arms = found.get(stage, {})
         judged = verdict([lookup(arms, where) for where in controls[:n]], *decided)
@@ -2045,48 +1983,46 @@ def run_report(cfg):
 
 # ------------------------------------------------------------------------------------------ command line
 
-MEASURES = {"recon": measure_recon, "kl": measure_kl, "gram": measure_gram, "secondary": measure_secondary,
-            "anova": measure_anova, "inspect": measure_inspect}
-STAGES = {"plan": run_plan, "lm": run_lm, "train": run_train, **MEASURES, "report": run_report}
-DEFAULT_ARMS = ["sae", "sae-2dec", "joint", "joint-linear", "joint-interaction", "joint-mlp", "sae@matched",
-                "sequential", "residual-sae"]
+MEASURES = dict(recon=measure_recon, kl=measure_kl, gram=measure_gram, secondary=measure_secondary,
+                anova=measure_anova, inspect=measure_inspect)
+STAGES = dict(plan=run_plan, lm=run_lm, train=run_train, **MEASURES, report=run_report)
+DEFAULT_ARMS = [*(arm for arm in ARMS if arm not in CHILDREN), "sae@matched", *CHILDREN]
 
 def parser():
     """The command line: one subparser a stage, each with the flags that it reads."""
     top = argparse.ArgumentParser(prog="dualenc.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    stages, arms = top.add_subparsers(dest="stage", required=True, metavar="STAGE"), " ".join(DEFAULT_ARMS)
     for stage, function in STAGES.items():
-        summary = function.__doc__.split("\n\n")[0].split(": ", 1)[1]
-        sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
+        summary = function.__doc__.split(": ", 1)[1]
+        add = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False).add_argument
         if stage in ("plan", "train"):
-            sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, metavar="ARM",
-                             help=f"default: {' '.join(DEFAULT_ARMS)}")
+            add("arms", nargs="*", default=DEFAULT_ARMS, metavar="ARM", help=f"default: {arms}")
         if stage == "inspect":
-            sub.add_argument("asked", nargs="*", metavar="FEATURE",
-                             help="12, or s12 for a secondary one (default: the pairs that interact most)")
-            sub.add_argument("--arm", default="joint", help="arm to look at (default: joint)")
-            sub.add_argument("--pairs", type=count, default=5, help="how many pairs (default: 5)")
+            add("asked", nargs="*", metavar="FEATURE",
+                help="12, or s12 for a secondary one (default: the pairs that interact most)")
+            add("--arm", default="joint", help="arm to look at (default: joint)")
+            add("--pairs", type=count, default=5, help="how many pairs (default: 5)")
         if stage == "train":
-            sub.add_argument("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
+            add("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
         if stage in ("train", "secondary"):
-            sub.add_argument("--save-minutes", type=number, default=3, help="between checkpoints")
-        sub.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
-        sub.add_argument("--run", help="run directory (default: runs/PRESET)")
-        sub.add_argument("--seed", type=int, help="of data order, weights and dropout (default: 0)")
-        sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
+            add("--save-minutes", type=number, default=3, help="between checkpoints")
+        add("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
+        add("--run", help="run directory (default: runs/PRESET)")
+        add("--seed", type=int, help="of data order, weights and dropout (default: 0)")
+        add("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         for field, (kind, readers, text) in FLAGS.items():
             if stage in readers.split():
                 tiny = PRESETS["tiny"][field]
                 options = dict(action="store_true", default=None) if kind is bool else dict(
                     type=number if kind is float else kind, nargs="+" if isinstance(tiny, list) else None)
-                sub.add_argument(f"--{field.replace('_', '-')}", help=f"{text}; tiny: {tiny}", **options)
+                add(f"--{field.replace('_', '-')}", help=f"{text}; tiny: {tiny}", **options)
     for each in (top, *stages.choices.values()):          # complaints on one line
         each.error = lambda message, each=each: each.exit(2, f"dualenc: {message} (see {each.prog} --help)\n")
     return top
 
 def main(argv=None):
     """Run a stage. Returns the exit status: 0; 2 after one line about the user's mistake; 130 if stopped."""
-    args, cfg = parser().parse_args(argv), None
+    args, cfg, status = parser().parse_args(argv), None, 2
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")   # else a line for each of its many tries
     try:
         cfg = resolve(args)
@@ -2096,12 +2032,11 @@ def main(argv=None):
         else:
             STAGES[args.stage](cfg)
         return 0
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command goes on from the last checkpoint, if any"
     except torch.OutOfMemoryError as error:
         message = (f"out of GPU memory: lower --at-once; or, in another --run, lower --batch, --features or "
                    f"the number of --lr ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        print("dualenc: stopped; the same command goes on from the last checkpoint, if any", file=sys.stderr)
-        return 130
     except (UserError, OSError) as error:
         message = str(error)
     except RuntimeError as error:
@@ -2112,7 +2047,7 @@ def main(argv=None):
         if cfg and cfg.lock:
             cfg.lock.close()
     print(f"dualenc: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":
