@@ -1304,11 +1304,12 @@ def kl_results(sums):
 # a squared norm of D/(3F), every row of W_lin and V at .01√D and .05√K, so that a small one may be a row that
 # hardly trained; the shares that the paper correlates with a norm contain it; what decodes is W_dec + W_lin.
 
-def gram_stats(W, *, block=1024):
+def gram_stats(W, *, block=512):
     """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std, largest
     size of the product and cosine of two rows; spectrum (width,), exact centred principal variances, share of
     the first_50, components_90 to hold 90 %; components_90_published, of the top 1,000, uncentred."""
-    F, squared, sums = len(W), W.square().sum(1), {"product": [], "cosine": []}
+    F, sums = len(W), {"product": [], "cosine": []}
+    squared = torch.cat([rows.square().sum(1) for rows in W.split(block)])
     scale, stats = squared.clamp_min(1e-30).rsqrt(), dict(squared_norms=squared)
     for at in range(0, F, block):
         pairs = (W[at:at + block] @ W[at:].T).triu_(1)    # each pair once, no row with itself
@@ -1321,7 +1322,7 @@ def gram_stats(W, *, block=1024):
         mean, squares, _ = np.sum(rows, 0) / (F * (F - 1) / 2)
         stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(rows, 0)[2])
     moments = sum(rows.double().T @ rows.double() for rows in W.split(block))
-    centre = W.mean(0, dtype=torch.float64)
+    centre = sum(rows.double().sum(0) for rows in W.split(block)) / F
     spectrum, uncentred = (torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
                            for matrix in (moments - F * torch.outer(centre, centre), moments))
     def components(variances):
