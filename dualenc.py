@@ -1263,6 +1263,7 @@ def measure_kl(cfg):
             ones = torch.ones_like(kl)
             columns = [part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
             add_by_document(sums, key, numbers, torch.stack(columns, 1))
+            del logits, windows                           # else a third such tensor, when the next is made
     return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):

@@ -927,6 +927,25 @@ def test_kl_of_a_run(trained):
             assert entry["excess_ce"] == pytest.approx(entry["ce"] - results["clean_ce"])
 
 
+def test_kl_holds_two_tensors_of_the_logits_size_and_no_third(trained, monkeypatch):
+    import gc
+
+    splice, alive = d.splice, []
+
+    def watched(lm, layer, tokens, replace):
+        logits = splice(lm, layer, tokens, replace)
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        found = [o for o in tensors if o.ndim == 3 and o.shape[-1] == logits.shape[-1]]
+        alive.append(len({tensor.untyped_storage().data_ptr() for tensor in found}))
+        return logits
+
+    cfg = d.resolve(d.parser().parse_args(["kl", "--run", str(trained), "--device", DEVICE]))
+    monkeypatch.setattr(d, "splice", watched)
+    d.measure_kl(cfg)
+    cfg.lock.close()
+    assert max(alive) == 2
+
+
 def test_a_second_call_does_nothing_but_print(trained, capsys):
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
     assert stage("train", trained, *ARMS) == 0 and stage("recon", trained) == 0 and stage("kl", trained) == 0
