@@ -2007,7 +2007,7 @@ def parser():
         if stage == "train":
             add("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
         if stage in ("train", "secondary"):
-            add("--save-minutes", type=number, default=3, help="between checkpoints")
+            add("--save-minutes", type=number, default=3, help="between checkpoints (default: 3)")
         add("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
         add("--run", help="run directory (default: runs/PRESET)")
         add("--seed", type=int, help="of data order, weights and dropout (default: 0)")
