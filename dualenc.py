@@ -28,14 +28,17 @@ import fcntl
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import timeit
@@ -224,6 +227,7 @@ ARMS = {   # arm: options of its NFM (None: it has none); that of sae-2dec reads
     "joint": {}, "joint-linear": dict(pooling=None), "joint-interaction": dict(linear=False),
     "joint-mlp": dict(pooling="sum"), "sequential": {}, "residual-sae": None}
 CHILDREN = ("sequential", "residual-sae")                 # trained on the residual of the frozen, cut `sae`
+NULL = "~null"          # what ends the name of an arm that is trained on the null twin of the activations
 
 def count_parameters(model):
     """Number of weights in a module."""
@@ -231,13 +235,14 @@ def count_parameters(model):
 
 def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     """The arm called `name`, a DualEncoder with weights from torch's global generator. A size may follow:
-    sae@12000 has 12,000 features, joint@0.5x F / 2, sae@matched as many weights as joint. CHILDREN stand on a
-    frozen copy of parent, a trained `sae`, cut to `top` (default n) features. UserError for a bad name."""
-    base, at, size = name.partition("@")
+    sae@12000 has 12,000 features, joint@0.5x F / 2, sae@matched as many weights as joint; joint~null is a
+    joint model. CHILDREN stand on a frozen copy of parent, a trained `sae`, cut to `top` (default n)
+    features. UserError for a bad name."""
+    base, at, size = name.removesuffix(NULL).partition("@")
     is_size = re.fullmatch(r"[0-9]+|[0-9]*\.?[0-9]+x", size) or name == "sae@matched"
-    if base not in ARMS or (at and (base in CHILDREN or not is_size)):
+    if base not in ARMS or (at and not is_size) or (base in CHILDREN and name != base):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}; all but the last two also "
-                        "take a size; a size is a number (sae@12000), a multiple (sae@0.5x), or sae@matched")
+                        "take a size (sae@12000, sae@0.5x, sae@matched) and a null twin (joint~null)")
     if size == "matched":
         with torch.device("meta"):
             F += round(count_parameters(NFM(F, D, K, n)) / (2 * D + 1))     # weights of an SAE's feature
@@ -357,11 +362,23 @@ def load_arm(path):
 # A run is a directory. Its config.json holds every field that some stage of it has read; later stages take
 # those from there, so that a flag is given once, and refuse a flag that contradicts it.
 
+WORLD = {   # constants of the worlds of `synth` and of the arms trained in them: (default, help)
+    "dims": (64, "D"), "features": (96, "true features, and F of the arms"),
+    "planted": (24, "pairs of features that interact; as many decoys do not"),
+    "gamma": (0.7, "strength of an interaction"), "noise": (0.05, "std of the noise in each dimension"),
+    "alone": (0.04, "probability that a feature is active by itself"),
+    "together": (0.015, "probability that the two of a pair are, besides"),
+    "k": (8, "features kept per token, all of which the NFM reads"), "embedding": (48, "K"),
+    "steps": (2000, "training steps"), "batch": (512, "tokens in a batch"),
+    "lr": ([5e-3], "learning rates; each arm keeps its best on validation"),
+    "tests": (20_000, "tokens to test on"), "seeds": (3, "training seeds"), "worlds": (2, "how many worlds")}
+
 PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
     features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, decay=0.8,
     lr=[1e-4, 4e-4], tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000, kl_tokens=20_000,
-    stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=840)}
+    stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=840,
+    **{f"world_{name}": default for name, (default, _) in WORLD.items()})}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000.0, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
 PRESETS["small"] = PRESETS["paper"] | dict(
@@ -371,7 +388,7 @@ PRESETS["tiny"] = PRESETS["small"] | dict(
     model="tiny", text="docstrings", layer=2, features=1024, k=20, n=10, embedding=32, top=5, batch=512,
     lr=[4e-3, 8e-3, 16e-3, 32e-3], tokens=800_000, eval_tokens=100_000, stimuli="docs,formality-emotion")
 
-READERS = "train recon kl gram secondary anova inspect"   # the stages that read activations
+READERS = "train recon kl gram secondary anova pairs inspect"   # the stages that read activations
 FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "model": (str, "plan lm " + READERS, "causal LM, hub name or directory; 'tiny' trains one"),
     "text": (str, "lm " + READERS, "docstrings, a .txt, .jsonl or .parquet file, or HUB_ID[:CONFIG]"),
@@ -389,14 +406,15 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "tokens": (int, "plan train", "tokens to train on; a shorter text is read again (paper: 5,000,000)"),
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
-    "eval_tokens": (int, "train recon gram secondary inspect", "tokens to test on; a quarter chooses lr"),
+    "eval_tokens": (int, "train recon gram secondary pairs inspect", "to test on; a quarter chooses lr"),
     "kl_tokens": (int, "kl", "tokens of the test split to splice"),
     "stimuli": (str, "anova", "formality-emotion, docs, or FILE.json of the same form; several: A,B"),
     "param_dtype": (str, "plan train", "of the weights: float32, or float16 as in the published code"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
     "keep_first": (bool, READERS, "keep each window's first position, an attention sink"),
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
-}
+} | {f"world_{name}": (float if name == "lr" else type(default), "synth", text)
+     for name, (default, text) in WORLD.items()}
 
 def number(text):
     """A finite number, for a flag."""
@@ -414,13 +432,20 @@ def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag or the field."""
     fields, known = cfg.fields, PRESETS["tiny"] | dict(preset="tiny", seed=0)
     for name, value in fields.items():                    # nothing in JSON is a tuple
-        if type(value) is not type(known.get(name, ())) or name == "lr" and {*map(type, value)} != {float}:
+        if type(value) is not type(known.get(name, ())) or (
+                isinstance(value, list) and {*map(type, value)} != {float}):
             raise UserError(f"{cfg.run}/config.json is damaged or of another version, in {name}")
     rules = {f"--{name.replace('_', '-')} must be at least 1, not {fields[name]}": fields[name] >= 1
              for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"}
     rules |= {f"--{part} {fields[part]} is more than --{whole} {fields[whole]}": fields[part] <= fields[whole]
               for part, whole in (("k", "features"), ("n", "k"), ("top", "k"))}
-    rules |= {"--lr takes different rates above 0": min(cfg.lr) > 0 and len(set(cfg.lr)) == len(cfg.lr),
+    rules |= {f"--{name} takes different rates above 0": min(rates) > 0 and len({*rates}) == len(rates)
+              for name, rates in (("lr", cfg.lr), ("world-lr", cfg.world_lr))}
+    rules |= {"--world-k is more than --world-features": cfg.world_k <= cfg.world_features,
+              "--world-features must be at least 4 times --world-planted": (
+                  cfg.world_features >= 4 * cfg.world_planted),
+              "--world-alone and --world-together are probabilities": (
+                  0 <= cfg.world_alone <= 1 and 0 <= cfg.world_together <= 1),
               "--dropout must lie in [0, 1)": 0 <= cfg.dropout < 1,
               "--decay and --adam-eps must be above 0": cfg.decay > 0 and cfg.adam_eps > 0,
               "--param-dtype is float32 or float16": cfg.param_dtype in ("float32", "float16"),
@@ -432,7 +457,8 @@ def validate(cfg):
 def resolve(args):
     """A stage's settings: the flags given, else the run's config.json, else its preset; and `run`, `device`.
     UserError for an unknown preset or device, and for a flag that contradicts the run."""
-    run = pathlib.Path(args.run or f"runs/{args.preset or 'tiny'}")
+    asked, *more = args.run if isinstance(args.run, list) else [args.run]
+    run = pathlib.Path(asked or f"runs/{args.preset or 'tiny'}")
     if run.exists() and not run.is_dir():
         raise UserError(f"--run {run} is a file, not a directory")
     stored = read_json(run / "config.json") if (run / "config.json").exists() else {}
@@ -452,7 +478,7 @@ def resolve(args):
     with blame(f"--device is cpu or cuda[:N], and {device!r} cannot be used"):
         torch.ones(1, dtype=torch.float64, device=device).item()   # errors are summed in float64
     cfg = types.SimpleNamespace(**vars(args) | fields | dict(
-        fields=fields, stored=stored, run=run, device=device, lock=None))
+        fields=fields, stored=stored, run=run, more=[*map(pathlib.Path, more)], device=device, lock=None))
     validate(cfg)
     return cfg
 
@@ -481,9 +507,11 @@ def stage_results(cfg, compute):
     """The contents of results/STAGE.json, made by compute() unless they are of today's arms (from which
     secondary SAEs are made), settings and source. What traces them stands beside them."""
     path = cfg.run / "results" / f"{cfg.stage}.json"
-    made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in ("arm", "pairs", "asked")}
+    options = ("arm", "pairs", "asked", "peer")
+    made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in options}
     files = {file.name: file for file in cfg.run.glob("*.safetensors") if ".secondary" not in file.name}
     files |= {name: pathlib.Path(name) for name in made.get("stimuli", "").split(",")}
+    files |= dict(pairs=path.with_name("pairs.json")) if cfg.stage == "inspect" else {}
     made |= {name: file.stat().st_mtime_ns for name, file in files.items() if file.is_file()}
     trace = dict(sha256=source_hash(), made_from=made)
     if not path.exists() or not trace.items() <= read_json(path).items():
@@ -683,7 +711,7 @@ def run_lm(cfg):
         return print(f"lm: nothing to train, the model is {cfg.model}")
     source = text_source(cfg)
     tokenizer = train_tokenizer((text for text in documents(source) if split_of(text) == "train"), 4096)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(0)                                  # one language model, whatever the seed of the run
     shape = transformers.AutoConfig.for_model(**LM_CONFIGS["tiny"] | dict(vocab_size=len(tokenizer)))
     lm = transformers.AutoModelForCausalLM.from_config(shape).to(cfg.device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
@@ -691,7 +719,7 @@ def run_lm(cfg):
     def nats(ids):
         return lm(input_ids=ids.to(cfg.device), labels=ids.to(cfg.device), use_cache=False).loss
     held_out = take_windows(window_stream(source, tokenizer, T=127, split="validation", seed=0), 256)[2]
-    stream = window_stream(source, tokenizer, T=127, split="train", seed=cfg.seed)
+    stream = window_stream(source, tokenizer, T=127, split="train", seed=0)
     for _ in tqdm(range(cfg.lm_steps), desc="language model", unit="step", disable=None):
         optimizer.zero_grad()
         nats(take_windows(stream, 16)[2]).backward()
@@ -845,7 +873,8 @@ def gains(errors):
     -> {arm: {path: {label of the base: [gain, low, high]}}}."""
     found = {}
     for (arm, path), own in errors.items():
-        bases = {label: (base or arm, base_path) for label, (base, base_path) in BASES.items()}
+        null = NULL if arm.endswith(NULL) else ""         # a twin is compared with twins
+        bases = {label: (base + null if base else arm, of) for label, (base, of) in BASES.items()}
         found.setdefault(arm, {})[path] = {label: gain(own, errors[base]) for label, base in bases.items()
                                            if base in errors and base != (arm, path)}
     return found
@@ -922,6 +951,18 @@ def load_arm_of(cfg, name, D):
             raise UserError(f"{cfg.run}/{name}.safetensors was trained with {key} = {old}, here it is "
                             f"{value}: remove that file or choose another --run")
     return model
+
+def null_twin(cfg, data):
+    """What open_data gives, but for its activations: null twins x~, which are x_hat of the trained arm `sae`
+    and what that leaves of another token of the same (shuffled) batch. x_hat tells nothing of it any more."""
+    sae, real = load_arm_of(cfg, "sae", data.D), data.standardiser
+    @torch.no_grad()
+    def read(raw):
+        x = real.encode(raw)
+        x_hat = sum(sae(x).values())
+        other = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed)).to(x.device)
+        return real.decode(x_hat + (x - x_hat)[other])
+    return types.SimpleNamespace(**vars(data) | dict(standardiser=Standardiser(real.mean, real.std, read)))
 
 def new_candidate(cfg, name, lr, D):
     """An arm, or a secondary SAE, at one rate, before its first step. losses: those since the last log;
@@ -1027,14 +1068,17 @@ def run_train(cfg):
     wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
     if not wanted:
         return print(f"train: all there: {' '.join(cfg.arms)}")
-    if {*wanted} & {*CHILDREN} and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
-        raise UserError(f"{' and '.join(CHILDREN)} are built on a trained `sae`: train that first")
+    def kind(name):
+        return 2 if name.endswith(NULL) else 1 if name in CHILDREN else 0
+    if any(map(kind, wanted)) and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
+        raise UserError(f"{', '.join(CHILDREN)} and null twins need a trained `sae`: train that first")
     data = open_data(cfg)
-    for children in (False, True):                        # after their parent
-        names = [name for name in wanted if (name in CHILDREN) == children]
+    for each in range(3):                                 # what is built on `sae` comes after it
+        names = [name for name in wanted if kind(name) == each]
+        source = null_twin(cfg, data) if names and each == 2 else data
         for at in range(0, len(names), cfg.at_once):
-            train_pass(cfg, data, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
-                                   for name in names[at:at + cfg.at_once]})
+            train_pass(cfg, source, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
+                                     for name in names[at:at + cfg.at_once]})
 
 
 # ------------------------------------------------------------------------------------------ claims
@@ -1042,6 +1086,23 @@ def run_train(cfg):
 # first ones decide. It is data: a figure is named by where it stands in results/STAGE.json, below "arms".
 
 CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the first n controls must show, n
+    # A to C are not the paper's
+    ("A pair test of nonlinear integration: the product of two features predicts what sae leaves",
+     "pairs", ["joint/along/r2", "joint-interaction/along/r2"],
+     ["joint/along/p", "joint/along/r2_controls", "joint-interaction/along/p", "joint/whole/p",
+      "joint-interaction/whole/p"],
+     ("<", 0.05, "pairs that joint ranks first are predicted better by their product than pairs alike"), 1),
+    ("B joint gains more over sae than on null twins, whose residuals tell nothing", "recon",
+     ["joint/gain/full/over sae", "joint-interaction/gain/full/over sae"],
+     ["joint/gain_less_twin", "joint-interaction/gain_less_twin", "joint~null/gain/full/over sae",
+      "joint-interaction~null/gain/full/over sae"],
+     (">", 0, "joint gains more than on twins (a biased zero: they also lose what TopK left behind)"), 1),
+    ("C in worlds whose answer is known, the NFM tells planted pairs of features from decoys", "synth",
+     ["joint-interaction/planted/auroc", "joint-interaction/planted/gain/over sae"],
+     [f"joint-interaction{part}" for part in ("/planted/auroc", "/null/auroc", "/planted/above_decoys",
+      "/null/above_decoys", "/null/gain/over sae", "/null, both/gain/over sae", "@2x/planted/auroc")]
+     + ["joint-mlp/null/gain/over sae", "sae/planted/conjunctions", "sae@2x/planted/conjunctions"],
+     (">", 0.5, "planted pairs rank above decoys in every world and seed"), 1),
     ("1 joint training cuts the reconstruction error (41.3 %, mse 0.275 to 0.162)", "recon",
      ["joint/gain/full/over own SAE path"], ["joint/gain/full/over sae", "joint/gain/full/over sae@matched",
       "joint/gain/full/over sae-2dec", "sae-2dec/gain/full/over own SAE path"],
@@ -1108,11 +1169,14 @@ COLUMNS = {   # what a stage's table shows of each entry
     "secondary": "features, fvu, dead, mse, mse_replaced, mse_without",
     "anova": "feature, nulls/secondary, words/F_ab, words/p_ab, words/p_permuted, words/p_secondary, "
              "kl/F_ab, kl/p_crossed, kl/p",
-    "inspect": "fires"}
+    "pairs": "r2, r2_controls, passed, p", "inspect": "fires",
+    "synth": "matched, conjunctions, gain/over sae, gain/over sae@matched, auroc, strength/planted, "
+             "strength/decoy, cosine"}
 
 FORMATS = (   # (pattern in a figure's name, format); all others are shares
-    ("params|features?$|modes|components|nulls", ","), ("(^|/)p([_/]|$)", ".2g"), ("lr$", "g"),
-    ("explained|_0.2", "%"), ("mse|fvu|(^|/)kl$|excess|initial|ablation|function", ".4f"),
+    ("params|features?$|modes|components|nulls|passed|shared", ","), ("conjunctions", "g"),
+    ("auroc|cosine|strength", ".2f"), ("(^|/)p([_/]|$)", ".2g"), ("lr$", "g"),
+    ("explained|_0.2", "%"), ("mse|fvu|r2|(^|/)kl$|excess|initial|ablation|function", ".4f"),
     ("F_ab|l0|random$|exponent|value|moved$|norm$|scale_free|bimodality|share/", ".3f"))
 
 def lookup(results, where):
@@ -1182,6 +1246,25 @@ def arm_results(own, cuts, model):
                       sub_additive_by=one + other - both)
     return entry
 
+def family(arms, name):
+    """Parameters and fvu of an arm in all its sizes: [(parameters, fvu), …], by size."""
+    return sorted((arm["params"], arm["fvu"]) for each, arm in arms.items()
+                  if each.partition("@")[0] == name and not each.endswith(NULL))
+
+def capacity_lines(arms):
+    """What each size of joint saves: the parameters of an `sae` of the same error, by interpolation between
+    the sizes that were trained (of logs), over its own; no lines with fewer than three sizes of sae."""
+    sae, lines = np.log(family(arms, "sae")), []
+    if len(sae) < 3:
+        return lines
+    sae = sae[sae[:, 1].argsort()]
+    for params, fvu in family(arms, "joint"):
+        same = math.exp(np.interp(math.log(fvu), sae[:, 1], sae[:, 0], left=math.nan, right=math.nan))
+        lines.append(f"joint of {params:,} parameters, fvu {fvu:.4f}: " + (
+            f"an sae of that error has {same / params:.2f} times as many" if same == same else
+            "an sae of that error is beyond the sizes trained"))
+    return lines
+
 def open_arms(cfg, *, only=(), **options):
     """What open_data gives, and trained arms of the run, {name: model}: `only` those, or all. UserError if
     one does not fit the run, or if one of `only`, or `sae`, to compare with, is not there."""
@@ -1190,7 +1273,8 @@ def open_arms(cfg, *, only=(), **options):
             raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
     data = open_data(cfg, **options)
     stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
-    names = only or [stem for arm in ARMS for stem in stems if stem.partition("@")[0] == arm]
+    names = only or [stem for arm in ARMS for stem in stems
+                     if stem.partition("@")[0] == arm and not stem.endswith(NULL)]
     return data, {name: load_arm_of(cfg, name, data.D) for name in names}
 
 def open_pair(cfg, **options):
@@ -1200,18 +1284,27 @@ def open_pair(cfg, **options):
 
 def measure_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; claims 1 to 4 beside their controls."""
-    data, models = open_arms(cfg)
-    batches = held_out_batches(cfg, data, "test", cfg.eval_tokens)
-    measured = evaluate(models, batches, std=data.standardiser.std)
+    (data, models), measured = open_arms(cfg), {}
+    twins = {path.stem: load_arm_of(cfg, path.stem, data.D)
+             for path in sorted(cfg.run.glob(f"*{NULL}.safetensors"))}
+    for those, source in ((models, data), (twins, null_twin(cfg, data) if twins else None)):
+        if those:
+            batches = held_out_batches(cfg, source, "test", cfg.eval_tokens)
+            measured |= evaluate(those, batches, std=data.standardiser.std)
     cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
-    arms = {name: arm_results(measured[name], cuts[name], model) for name, model in models.items()}
+    arms = {name: arm_results(measured[name], cuts[name], model) for name, model in (models | twins).items()}
+    for name in twins:
+        real, twin = (lookup(cuts, f"{arm}/full/over sae") for arm in (name.removesuffix(NULL), name))
+        if real and twin:                                 # the widest interval that both allow
+            arms[name.removesuffix(NULL)]["gain_less_twin"] = [
+                real[0] - twin[0], real[1] - twin[2], real[2] - twin[1]]
     tokens, documents = measured["sae"]["tokens"], len(measured["sae"]["sse"]["full"])
     edge = [name for name, a in arms.items() if len(cfg.lr) > 1 and a["lr"] in (min(cfg.lr), max(cfg.lr))]
     return dict(tokens=tokens, documents=documents, arms=arms, about=[
         f"Reconstruction of {tokens:,} tokens of {documents} held-out documents, layer {cfg.layer}, after "
         f"{cfg.tokens:,} training tokens, seed {cfg.seed}; intervals: bootstrap over documents",
         f"dead: kept by none of the last {arms['sae']['dead_tokens']:,} training tokens; best learning rate "
-        f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}"])
+        f"at an edge of --lr, so perhaps beyond it: {' '.join(edge) or 'none'}", *capacity_lines(arms)])
 
 
 # ------------------------------------------------------------------------------------------ kl
@@ -1740,10 +1833,12 @@ def measure_anova(cfg):
     return dict(arms=arms, about=about)
 
 
-# ------------------------------------------------------------------------------------------ inspect
-# What a feature or a pair of them stands for: where in held-out text it is strongest, which words it raises.
-# A pair's interaction is the second difference of the nonlinear path, q(a+b) - q(a) - q(b) + q(0), at the two
-# features' mean values; only pairs that really meet in the text are ranked.
+# ------------------------------------------------------------------------------------------ pairs
+# Is there nonlinear integration in a real model? A gain does not tell, so ask without one: where both
+# features of a pair are active, does the product of their values predict what `sae` leaves, beyond either
+# value and its square? Asked on held-out documents, of the pairs that a trained NFM ranks highest by their
+# interaction: the second difference of its nonlinear path, q(a+b) - q(a) - q(b) + q(0), at the features' mean
+# values. And asked of pairs alike in how often and how strongly they meet, which the ranking passed over.
 
 def count_pairs(model, batches, *, most=16):
     """Pairs that meet among the `most` largest features of a token that the NFM reads: pairs (P, 2), the
@@ -1768,6 +1863,124 @@ def pair_interaction(nfm, pairs, mean):
                                  for mask in ((1, 1), (1, 0), (0, 1), (0, 0)))
     return both - first - second + none
 
+def partial_r2(y, a, b, folds):
+    """Cross-fitted partial R² of a·b in y (N, D), beyond a, b, a², b² and a constant: a, b (N,). Each fold, a
+    label of folds (N,), is predicted by least squares from the others. Below 0 where the product adds nothing
+    but noise; 0 with fewer than 12 rows to fit from."""
+    X = np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], 1)
+    X[:, 1:] = (X[:, 1:] - X[:, 1:].mean(0)) / (X[:, 1:].std(0) + 1e-12)
+    errors = np.zeros(2)                                  # without the product, with it
+    for fold in np.unique(folds):
+        fit, held = folds != fold, folds == fold
+        if fit.sum() < 12:
+            return 0.0
+        for number, some in enumerate((X[:, :5], X)):
+            predicted = some[held] @ np.linalg.lstsq(some[fit], y[fit])[0]
+            errors[number] += ((y[held] - predicted) ** 2).sum()
+    return float(1 - errors[1] / errors[0])
+
+@torch.no_grad()
+def pair_r2(model, sae, batches, pairs, directions, *, folds=5):
+    """partial_r2 of pairs (P, 2) of a model's features, as its NFM reads them, in what the arm `sae` leaves
+    of the tokens in which both are active, folds being of documents: (2, P), in that along each pair's own of
+    the directions (P, D), which is sharper, and in all of it."""
+    met, left, rows = [], [], 0
+    for x, numbers in batches:
+        values, indices = (code[:, :model.nfm.n] for code in model.sae.encode(x))
+        a, b = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices, values)[:, pairs].unbind(2)   # (B, P)
+        row, pair = ((a > 0) & (b > 0)).nonzero(as_tuple=True)
+        met.append(torch.stack([part.double() for part in (
+            pair, row + rows, numbers[row] % folds, a[row, pair], b[row, pair])]).cpu())
+        left.append((x - sum(sae(x).values())).cpu())
+        rows += len(x)
+    met, left = torch.cat(met, 1).numpy(), torch.cat(left).numpy()
+    met = met[:, met[0].argsort(kind="stable")]
+    by_pair = np.split(met, np.searchsorted(met[0], range(1, len(pairs))), axis=1)
+    ys = ((left[row.astype(int)], *rest) for _, row, *rest in by_pair)
+    return np.transpose([(partial_r2(y @ direction[:, None], a, b, fold), partial_r2(y, a, b, fold))
+                         for (y, fold, a, b), direction in zip(ys, directions.cpu().numpy(), strict=True)])
+
+def matched_controls(covariates, top, *, each=20):
+    """For each of the first `top` rows of covariates (P, columns), by turns, the nearest of the other rows
+    that is not taken yet, in units of the columns' std: indices (top, each), or fewer where rows are few."""
+    scaled, free = covariates / (covariates.std(0) + 1e-12), list(range(top, len(covariates)))
+    chosen = [[] for _ in range(top)]
+    for _, row in itertools.product(range(min(each, len(free) // top)), range(top)):
+        nearest = ((scaled[free] - scaled[row]) ** 2).sum(1).argmin()
+        chosen[row].append(free.pop(int(nearest)))
+    return np.array(chosen)
+
+def rank_test(own, controls, *, permutations=9999, seed=0):
+    """One-sided permutation p that own (N,) exceed their controls (N, m), by their mean rank among these:
+    were they alike, any of the 1 + m could stand for its set."""
+    from scipy.stats import rankdata
+    ranks, rng = rankdata(np.column_stack([own, controls]), axis=1), np.random.default_rng(seed)
+    drawn = ranks[range(len(own)), rng.integers(ranks.shape[1], size=(permutations, len(own)))].sum(1)
+    return float((1 + (drawn >= ranks[:, 0].sum()).sum()) / (1 + permutations))
+
+def ranked_pairs(cfg, data, model):
+    """Pairs of features that meet in 30 tokens of test text or more, by falling interaction: pairs (P, 2),
+    counts (P,), interactions (P, D), and mean values of all features (F,). Raises UserError if none does."""
+    pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
+    pairs, counts = pairs[counts >= 30], counts[counts >= 30]
+    if not len(pairs):
+        raise UserError("no pair of features meets in 30 tokens of the test text: raise --eval-tokens")
+    q = torch.cat([pair_interaction(model.nfm, some, mean) for some in pairs.split(4096)])
+    order = q.norm(dim=1).argsort(descending=True)
+    return pairs[order], counts[order], q[order], mean
+
+def agreement(model, peer, pairs, mean):
+    """Do two training seeds rank pairs (P, 2), in falling order, alike? Of those whose features both have a
+    counterpart in the peer, each the other's nearest decoder row with a cosine of .7 or more: how many, the
+    rankings' Spearman r, and the share of the first tenth that is among the peer's first tenth."""
+    from scipy.stats import spearmanr
+    ours, theirs = (torch.nn.functional.normalize(m.sae.W_dec, dim=1) for m in (model, peer))
+    def nearest(A, B):
+        return map(torch.cat, zip(*((rows @ B.T).max(1) for rows in A.split(1024)), strict=True))
+    (cosine, there), (_, back) = nearest(ours, theirs), nearest(theirs, ours)
+    same = (back[there] == torch.arange(len(there), device=there.device)) & (cosine >= 0.7)
+    pairs = pairs[same[pairs].all(1)]
+    mean_there = torch.zeros_like(mean).index_copy(0, there[same], mean[same])
+    strength = pair_interaction(peer.nfm, there[pairs], mean_there).norm(dim=1)
+    tenth = max(1, len(pairs) // 10)
+    in_first = (strength[:tenth] >= strength.sort(descending=True).values[tenth - 1]).double().mean().item()
+    return dict(shared=len(pairs), first_tenth=in_first,
+                r=float(spearmanr(range(len(pairs), 0, -1), strength.cpu()).statistic))
+
+@torch.no_grad()
+def measure_pairs(cfg):
+    """Stage `pairs`: does the product of two features predict what `sae` leaves? The test of integration."""
+    names = [name for name in ("joint", "joint-interaction") if (cfg.run / f"{name}.safetensors").exists()]
+    data, models = open_arms(cfg, only=("sae", *names))
+    sae, arms, about = models.pop("sae"), {}, []
+    for name, model in models.items():
+        pairs, counts, q, mean = ranked_pairs(cfg, data, model)
+        top = math.ceil(min(50, len(pairs) / 2))
+        covariates = torch.cat([counts[:, None].log(), mean[pairs].sort(1).values.log()], 1)
+        controls = matched_controls(covariates.cpu().numpy(), top)
+        tested = [*range(top), *controls.flat]
+        r2 = pair_r2(model, sae, held_out_batches(cfg, data, "test", cfg.eval_tokens), pairs[tested],
+                     torch.nn.functional.normalize(q[tested], dim=1))
+        arms[name], passed = {}, {}
+        for part, each in zip(("along", "whole"), r2, strict=True):
+            own, others = each[:top], each[top:].reshape(controls.shape)
+            passed[part] = pairs[:top][own > np.maximum(0, others.max(1))].tolist()
+            arms[name][part] = dict(
+                r2=np.median(own).item(), r2_controls=np.median(others).item(), passed=len(passed[part]),
+                p=rank_test(own, others, seed=cfg.seed))
+        arms[name] |= dict(pairs=len(pairs), passed=passed["along"])
+        for peer in cfg.peer or ():
+            arms[name][f"peer {peer}"] = agreement(
+                model, load_arm(pathlib.Path(peer) / f"{name}.safetensors").to(cfg.device), pairs, mean)
+        about.append(
+            f"{name}: {top} of {len(pairs):,} pairs that meet in 30 tokens or more, {controls.size} alike in "
+            f"count and values; {top / (1 + controls.shape[1]):.1f} would pass, exceed all theirs, by chance")
+    return dict(arms=arms, about=about)
+
+
+# ------------------------------------------------------------------------------------------ inspect
+# What a feature or a pair of them stands for: where in held-out text it is strongest, which words it raises.
+
 def top_contexts(cfg, data, model, probes, *, count=4):
     """Where probes (make_probes) are largest in test text, a pair by the product of its features' values:
     {label: (share of tokens above 0, [(value, window's ids, position), …])}."""
@@ -1790,7 +2003,8 @@ def top_contexts(cfg, data, model, probes, *, count=4):
 
 def make_probes(cfg, data, model):
     """What to look at: {label: (features, secondary SAE or None, effect on x (D,))}: the features asked for,
-    12 or s12, a secondary one; else the pairs of 30 tokens or more that interact most. Raises UserError."""
+    12 or s12, a secondary one; else pairs that pass the test of stage `pairs`; without such, those that meet
+    in 30 tokens or more and interact most. Raises UserError."""
     probes, nfm = {}, model.nfm
     for asked in cfg.asked:
         secondary = secondary_of(cfg, cfg.arm, model, data)[0] if asked.startswith("s") else None
@@ -1805,13 +2019,13 @@ def make_probes(cfg, data, model):
             effect = row + (nfm.W_lin[feature] if nfm.has_linear else 0)
         probes[f"feature {asked}"] = [feature], secondary, effect
     if not cfg.asked:
-        pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
-        if not len(pairs := pairs[counts >= 30]):
-            raise UserError("no pair of features meets in 30 tokens of the test text: raise --eval-tokens")
-        strength = torch.cat([pair_interaction(nfm, some, mean).norm(dim=1) for some in pairs.split(4096)])
-        for pair in pairs[strength.argsort(descending=True)[:cfg.pairs]]:
-            (a, b), effect = pair.tolist(), pair_interaction(nfm, pair[None], mean)[0]
-            probes[f"features {a} and {b}, interaction {effect.norm():.3f}"] = [a, b], None, effect
+        tested = cfg.run / "results" / "pairs.json"
+        passed = lookup(read_json(tested), f"arms/{cfg.arm}/passed") if tested.exists() else None
+        pairs, _, q, _ = ranked_pairs(cfg, data, model)
+        chosen = [at for at, pair in enumerate(pairs.tolist()) if not passed or pair in passed]
+        for (a, b), effect in zip(pairs[chosen[:cfg.pairs]].tolist(), q[chosen[:cfg.pairs]], strict=True):
+            note = ", passes the pair test" if passed else ""
+            probes[f"features {a} and {b}, interaction {effect.norm():.3f}{note}"] = [a, b], None, effect
     return probes
 
 @torch.no_grad()
@@ -1832,6 +2046,169 @@ def measure_inspect(cfg):
         about += [f"{label}; words raised: {' | '.join(words)}", *shown, ""]
         arms[label] = dict(fires=fires, words=words, contexts=shown)
     return dict(arms=arms, about=about)
+
+
+# ------------------------------------------------------------------------------------------ ground truth
+# Worlds whose answer is known. For the training loop a world is a language model of one block, and a token's
+# id is the seed of what happens there. Planted and decoy pairs are equally often active together, but only
+# planted ones then add a direction of their own, and in the null world (gamma = 0) none does. What an NFM
+# finds in decoys, and what it gains in the null world, it shows where there is nothing to be found.
+
+class World(torch.nn.Module):
+    """x = Σ_i f_i d_i + gamma Σ_{planted (i, j)} f_i f_j c_ij + noise, as the input of a language model's
+    only block. Unit directions d (G, D) and c (planted, D), and pairs (2·planted, 2) with no feature in
+    common, first the planted, then the decoys, come from the seed. An active f_i is uniform in [0.5, 1.5]; it
+    is active by itself with probability `alone`, and together with its partner with probability
+    `together`."""
+    def __init__(self, seed, *, dims, features, planted, gamma, noise, alone, together):
+        super().__init__()
+        from transformers import PretrainedConfig
+        self.config = PretrainedConfig(hidden_size=dims, num_hidden_layers=1)
+        self.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+        self.gamma, self.noise, self.alone, self.together = gamma, noise, alone, together
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(features + planted, dims, generator=generator)
+        self.d, self.c = (torch.nn.Parameter(rows, requires_grad=False) for rows in (
+            torch.nn.functional.normalize(directions, dim=1).split([features, planted])))
+        self.pairs = torch.randperm(features, generator=generator)[:4 * planted].view(-1, 2)
+
+    def draw(self, ids):
+        """f (W, T, G) and x (W, T, D) of windows of ids (W, T), each made from its first id."""
+        drawn, T = [], ids.shape[1]
+        for first in ids[:, 0].tolist():
+            generator = torch.Generator().manual_seed(first)
+            active = torch.rand(T, len(self.d), generator=generator) < self.alone
+            active[:, self.pairs] |= torch.rand(T, len(self.pairs), 1, generator=generator) < self.together
+            f = active * (0.5 + torch.rand(active.shape, generator=generator))
+            drawn.append((f, torch.randn(T, self.d.shape[1], generator=generator)))
+        f, noise = (torch.stack(parts).to(self.d.device) for parts in zip(*drawn, strict=True))
+        products = f[..., self.pairs[:len(self.c)]].prod(-1)                # (W, T, planted)
+        return f, f @ self.d + self.gamma * products @ self.c + self.noise * noise
+
+    def forward(self, input_ids, use_cache=False):
+        """As a language model's: what enters the block comes out as logits."""
+        return types.SimpleNamespace(logits=self.blocks[0](self.draw(input_ids)[1]))
+
+def train_in_world(cfg, constants, number, seed, names):
+    """Train arms in a world, its `number` the seed, of constants (as in WORLD) through the ordinary loop:
+    (cfg, data) as other stages have them, and {name: model}."""
+    own = types.SimpleNamespace(**constants)
+    fields = PRESETS["tiny"] | dict(
+        preset="tiny", seed=seed, layer=0, features=own.features, k=own.k, n=own.k, top=own.k, window=256,
+        embedding=own.embedding, batch=own.batch, lr=own.lr, tokens=own.steps * own.batch,
+        chunk=20 * own.batch, eval_tokens=own.tests)
+    key = zlib.crc32(f"{constants} {number} {seed}".encode())               # another world, another place
+    run = cfg.run / "worlds" / f"{key:08x}"
+    cfg = types.SimpleNamespace(**vars(cfg) | fields | dict(fields=fields, run=run, save_minutes=3))
+    lm = World(number, **{name: constants[name] for name in (
+        "dims", "features", "planted", "gamma", "noise", "alone", "together")}).to(cfg.device)
+    def stream(split, **options):
+        first = {"validation": 0, "test": 10 ** 6}.get(split, 10 ** 7 * (1 + seed))
+        return ((0, window, np.full(256, first + window)) for window in itertools.count())
+    data = types.SimpleNamespace(lm=lm, D=own.dims, stream=stream, skip=0, rows=256, standardiser=(
+        estimate_standardiser(lm, 0, stream("validation"), skip=0)[0]))
+    untrained = [name for name in names if not (run / f"{name}.safetensors").exists()]
+    if untrained:
+        train_pass(cfg, data, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
+                               for name in untrained})
+    return cfg, data, {name: load_arm_of(cfg, name, data.D) for name in names}
+
+@torch.no_grad()
+def judge_arms(cfg, data, models):
+    """What train_in_world gives, held against the truth: {arm: results}. matched: share of the true features
+    with a decoder row, one each, of cosine .9 or more; conjunctions: planted pairs for which a feature fires
+    in more than half of the tokens with both, and in less than a tenth of those with one; gain over `sae` of
+    its F, and over sae@matched. Of a pair's learned interaction: its strength, in raw units; auroc of planted
+    against decoys; above_decoys, planted above 95 % of decoys; cosine with c_ij, the median."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.stats import mannwhitneyu
+    world, std, P = data.lm, data.standardiser.std, len(data.lm.c)
+    ids = torch.cat([ids for ids, _ in held_out_windows(cfg, data, "test", cfg.eval_tokens)])
+    f, raw = (each.flatten(0, 1) for each in world.draw(ids))
+    x, active, found = data.standardiser.encode(raw), f[:, world.pairs] > 0, {}
+    both, one = active.all(2).float(), active.sum(2).eq(1).float()          # (B, 2·planted)
+    mse = {name: (sum(model(x).values()) - x).square().mean().item() for name, model in models.items()}
+    for name, model in models.items():
+        arm, at, size = name.partition("@")
+        cosine = torch.nn.functional.normalize(model.sae.W_dec * std, dim=1) @ world.d.T
+        rows, features = linear_sum_assignment(-cosine.cpu())
+        matched = torch.as_tensor(rows[features.argsort()], device=x.device)                   # (G,)
+        values, indices = model.sae.encode(x)
+        fires = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices, (values > 0).float())
+        conjunction = ((both.T @ fires > 0.5 * both.sum(0)[:, None])
+                       & (one.T @ fires < 0.1 * one.sum(0)[:, None])).any(1)
+        bases = {"over sae": "sae@2x" if size == "2x" else "sae", "over sae@matched": "sae@matched"}
+        found[name] = entry = dict(
+            mse=mse[name], matched=(cosine[rows, features] >= 0.9).double().mean().item(),
+            conjunctions=int(conjunction[:P].sum()), decoy_conjunctions=int(conjunction[P:].sum()),
+            gain={label: 1 - mse[name] / mse[base]
+                  for label, base in bases.items() if base in mse and base != name})
+        if model.nfm:
+            mean = count_pairs(model, [(x, None)])[2]
+            q = pair_interaction(model.nfm, matched[world.pairs], mean) * std
+            planted, decoy = q.norm(dim=1).cpu().double().numpy().reshape(2, P)
+            entry |= dict(
+                auroc=float(mannwhitneyu(planted, decoy).statistic) / P ** 2,
+                above_decoys=float((planted > np.percentile(decoy, 95)).mean()),
+                strength=dict(planted=float(np.median(planted)), decoy=float(np.median(decoy))),
+                strengths=dict(planted=planted.tolist(), decoy=decoy.tolist()),
+                cosine=torch.cosine_similarity(q[:P], world.c).median().item())
+    return found
+
+def in_world(job):
+    """What judge_arms finds of arms that train_in_world trains: job (label, its arguments) -> (label,
+    found)."""
+    label, *arguments = job
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):   # of many such jobs
+        return label, judge_arms(*train_in_world(*arguments))
+
+def work_alone():
+    """Prepare a process that works beside others: one thread; Ctrl-C is its parent's business."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def spread(entries):
+    """Of nested dicts of figures, alike: each figure's [median, lowest, highest]; lists are joined."""
+    def join(values):
+        if isinstance(values[0], dict):
+            return spread(values)
+        if isinstance(values[0], list):
+            return [*itertools.chain(*values)]
+        return [float(np.median(values)), min(values), max(values)]
+    return {key: join([entry[key] for entry in entries]) for key in entries[0]}
+
+def measure_synth(cfg):
+    """Stage `synth`: worlds whose answer is known: does an arm find it, and what does it gain from
+    nothing?"""
+    claim_run(cfg)
+    bare = types.SimpleNamespace(**vars(cfg) | dict(lock=None))             # what can be sent to a process
+    constants, null = {name: cfg.fields[f"world_{name}"] for name in WORLD}, dict(gamma=0.0)
+    room, wide = dict(dims=4 * cfg.world_dims), dict(k=min(2 * cfg.world_k, cfg.world_features))
+    kinds = {"planted": {}, "null": null, "null, 4x dims": null | room, "null, 2x k": null | wide,
+             "null, both": null | room | wide, "null, none together": null | dict(together=0.0),
+             "null, half the lr": null | dict(lr=[lr / 2 for lr in cfg.world_lr])}
+    names = ("sae", "joint-interaction", "joint-mlp", "sae@matched", "sae@2x", "joint-interaction@2x")
+    jobs = [(kind, bare, constants | changed, 1000 * cfg.seed + world, 1000 * cfg.seed + seed,
+             names[:2] if "," in kind else names)         # the causes of a gain: two arms in one world
+            for kind, changed in kinds.items() for seed in range(cfg.world_seeds)
+            for world in range(1 if "," in kind else cfg.world_worlds)]
+    arms, found = {name: {} for name in names}, {kind: [] for kind in kinds}
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count()), work_alone) as pool:
+        for kind, judged in tqdm(pool.imap(in_world, jobs), desc="worlds", total=len(jobs), disable=None):
+            found[kind].append(judged)
+    for kind, judged in found.items():
+        for name in judged[0]:
+            arms[name][kind] = spread([each[name] for each in judged])
+    gained = {kind: show(arm["gain"]["over sae"]) for kind, arm in arms["joint-interaction"].items()}
+    return dict(arms=arms, about=[
+        f"{cfg.world_worlds} worlds, {cfg.world_seeds} training seeds in each: medians [lowest, highest]",
+        f"Why does joint-interaction gain {gained['null']} where nothing interacts? With 4 times the "
+        f"dimensions and twice the k, so",
+        f"that sae leaves neither crosstalk between directions nor features beyond the k-th, it gains "
+        f"{gained['null, both']}.",
+        f"The first alone leaves {gained['null, 4x dims']}, the second {gained['null, 2x k']}; no pair "
+        f"active together: {gained['null, none together']};",
+        f"half the step size: {gained['null, half the lr']}."])
 
 
 # ------------------------------------------------------------------------------------------ plan
@@ -1878,9 +2255,10 @@ def draw(path, panels):
     for axis, (settings, series) in zip(axes, panels, strict=True):
         for number, (method, label, *values) in enumerate(series):
             style = dict(axvline=dict(linestyle="--", linewidth=1), fill_between=dict(alpha=0.3, linewidth=0),
+                         errorbar=dict(fmt="osD^vX"[number % 6], capsize=3),
                          scatter=dict(marker="osD^vX"[number % 6], zorder=2), stairs=dict(linewidth=1.5))
             getattr(axis, method)(*values, label=label, color=colours[number % 6], **style.get(method, {}))
-            axis.yaxis.set_inverted(method == "scatter")  # the first name on top
+            axis.yaxis.set_inverted(method in ("scatter", "errorbar"))      # the first name on top
         axis.set(**settings)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2 + (len(panels) == 1))
@@ -1911,6 +2289,22 @@ def weight_figures(arms):
             ("plot", name, range(1, 1 + len(arm["explained"])), arm["explained"])
             for name, arm in decoders.items()])])}
 
+def world_figure(arms):
+    """The figure of synth's results, as in figures_of."""
+    arm, names = arms["joint-interaction"], [name for name in arms if name != "sae"]
+    strengths = [("plot", label, np.sort(arm[kind]["strengths"][pairs])[::-1]) for label, kind, pairs in (
+        ("planted", "planted", "planted"), ("decoys", "planted", "decoy"), ("null world", "null", "planted"))]
+    gained = {kind: np.transpose([arms[name][kind]["gain"]["over sae"] for name in names])
+              for kind in ("planted", "null")}
+    return (
+        "Worlds whose answer is known. Left: what joint-interaction learned of pairs, in all worlds and "
+        "seeds; it finds what is there if planted pairs lie above decoys. Right: gains, medians and ranges; "
+        "in the null world there is nothing to find.",
+        [(dict(xlabel="pairs, strongest first", ylabel="interaction's strength", yscale="log"), strengths),
+         (dict(xlabel="gain over sae of the same F"), [
+             ("errorbar", kind, own, names, None, [own - low, high - own])
+             for kind, (own, low, high) in gained.items()])])
+
 def figures_of(found, log):
     """The figures that results {stage: arms} and the entries of train.jsonl allow: {name: (caption, panels)};
     a caption says what would refute the claim."""
@@ -1924,6 +2318,12 @@ def figures_of(found, log):
             "Error by arm and path on held-out documents. Claim 1 falls if `sae` or `sae@matched` is as low "
             "as `joint` in full, whatever joint's own SAE path leaves.",
             by_arm(arms, "fraction of variance unexplained", {at: f"fvu_by_path/{at}" for at in paths}))
+    if len(family(arms := found.get("recon", {}), "sae")) > 2:
+        figures["capacity"] = (
+            "Error against parameters, in all sizes trained. Where the curve of `joint` lies to the left of "
+            "that of `sae`, its parameters are the better spent.",
+            [(dict(xlabel="parameters", ylabel="fvu", xscale="log", yscale="log"),
+              [("plot", name, *zip(*family(arms, name), strict=True)) for name in ("sae", "joint")])])
     if arms := found.get("kl"):
         places = {path: f"{path}/kl" for path in paths} | {"random error": "full/kl_random"}
         figures["kl"] = (
@@ -1932,6 +2332,8 @@ def figures_of(found, log):
             by_arm(arms, "KL from the clean model, nats a token", places))
     if arms := found.get("gram"):
         figures |= weight_figures(arms)
+    if arms := found.get("synth"):
+        figures["worlds"] = world_figure(arms)
     if arms := found.get("anova"):
         name, arm = next(iter(arms.items()))
         figures["dose"] = (
@@ -1955,25 +2357,51 @@ def figures_of(found, log):
                  ("plot", arm, *curve(arm, "low_norm")) for arm in ("sae", "joint")])])
     return figures
 
+def read_results(runs):
+    """What this version of the program measured in runs of one configuration: [{stage: contents of its file},
+    …]. UserError where that is nothing, or where runs differ in more than the seed."""
+    found = []
+    for run in runs:
+        paths = [run / "results" / f"{stage}.json" for stage in COLUMNS]
+        results = {path.stem: read_json(path) for path in paths if path.exists()}
+        found.append({stage: of for stage, of in results.items() if of.get("sha256") == source_hash()})
+        if not found[-1]:
+            raise UserError(f"{run} holds no results of this version: run the stage `recon` first")
+        for stage in found[0].keys() & found[-1].keys():
+            first, this = (each[stage]["config"] for each in (found[0], found[-1]))
+            if differ := [name for name in this if name != "seed" and this[name] != first.get(name)]:
+                raise UserError(f"{run} and {runs[0]} differ in more than the seed: {stage}, {differ[0]}")
+    return found
+
+def across(found, stage, where):
+    """A figure in the results of several runs: (value, text). Of one run, as it is; of more, [mean, lowest,
+    highest] and mean ± standard deviation."""
+    values = [lookup(results, f"{stage}/arms/{where}") for results in found]
+    if len(values) == 1 or None in values or isinstance(values[0], str):
+        return values[0], show(values[0], where)
+    own = [np.atleast_1d(value)[0] for value in values]
+    mean, std = np.mean(own), np.std(own, ddof=1)
+    return [mean, min(own), max(own)], f"{show(mean, where)} ± {show(std, where)}"
+
 def run_report(cfg):
     """Stage `report`: every claim beside its control, and figures, in report.md; verdicts on the console."""
-    paths = [cfg.run / "results" / f"{stage}.json" for stage in COLUMNS]
-    results = {path.stem: read_json(path) for path in paths if path.exists()}
-    results = {stage: result for stage, result in results.items() if result.get("sha256") == source_hash()}
-    if not results:
-        raise UserError(f"{cfg.run} holds no results of this version: run the stage `recon` first")
-    found = {stage: result["arms"] for stage, result in results.items()}
-    missing = " ".join(stage for stage in COLUMNS if stage not in found) or "none"
-    lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", "", "| claim (paper's value) "
-             "| paper's metric | controls, the deciding first | verdict |", "|---|---|---|---|"]
+    found = read_results([cfg.run, *cfg.more])
+    results, seeds = found[0], [next(iter(each.values()))["config"]["seed"] for each in found]
+    missing = " ".join(stage for stage in COLUMNS if stage not in results) or "none"
+    lines = [f"# Report of {cfg.run.name}", "", f"Stages missing: {missing}.", ""]
+    if len(seeds) > 1:
+        lines += [f"Claims: mean ± standard deviation over the training seeds {', '.join(map(str, seeds))}. "
+                  f"Figures and tables: seed {seeds[0]}.", ""]
+    lines += ["| claim (paper's value) | paper's metric | controls, the deciding first | verdict |",
+              "|---|---|---|---|"]
     for title, stage, metrics, controls, decided, n in CLAIMS:
-        arms = found.get(stage, {})
-        judged = verdict([lookup(arms, where) for where in controls[:n]], *decided)
-        cells = ["<br>".join(f"{where.replace('/', ' ')}: {show(lookup(arms, where), where)}"
+        judged = verdict([across(found, stage, where)[0] for where in controls[:n]], *decided)
+        cells = ["<br>".join(f"{where.replace('/', ' ')}: {across(found, stage, where)[1]}"
                              for where in figures) for figures in (metrics, controls)]
         lines.append(f"| {title} | {' | '.join(cells)} | {judged} |")
         print(f"claim {title}\n  {judged}")
-    for name, (caption, panels) in figures_of(found, read_log(cfg.run / "train.jsonl")).items():
+    arms = {stage: result["arms"] for stage, result in results.items()}
+    for name, (caption, panels) in figures_of(arms, read_log(cfg.run / "train.jsonl")).items():
         draw(cfg.run / "figures" / f"{name}.png", panels)
         lines += ["", f"![{name}](figures/{name}.png)", "", caption]
     for stage, result in results.items():
@@ -1986,9 +2414,10 @@ def run_report(cfg):
 # ------------------------------------------------------------------------------------------ command line
 
 MEASURES = dict(recon=measure_recon, kl=measure_kl, gram=measure_gram, secondary=measure_secondary,
-                anova=measure_anova, inspect=measure_inspect)
+                anova=measure_anova, pairs=measure_pairs, inspect=measure_inspect, synth=measure_synth)
 STAGES = dict(plan=run_plan, lm=run_lm, train=run_train, **MEASURES, report=run_report)
-DEFAULT_ARMS = [*(arm for arm in ARMS if arm not in CHILDREN), "sae@matched", *CHILDREN]
+DEFAULT_ARMS = [*(arm for arm in ARMS if arm not in CHILDREN), "sae@matched", *CHILDREN,
+                *(arm + NULL for arm in ("sae", "joint", "joint-interaction"))]
 
 def parser():
     """The command line: one subparser a stage, each with the flags that it reads."""
@@ -2004,13 +2433,16 @@ def parser():
                 help="12, or s12 for a secondary one (default: the pairs that interact most)")
             add("--arm", default="joint", help="arm to look at (default: joint)")
             add("--pairs", type=count, default=5, help="how many pairs (default: 5)")
+        if stage == "pairs":
+            add("--peer", nargs="+", metavar="RUN", help="runs of other seeds: do they rank pairs alike?")
         if stage == "train":
             add("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
         if stage in ("train", "secondary"):
             add("--save-minutes", type=number, default=3, help="between checkpoints (default: 3)")
         add("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
-        add("--run", help="run directory (default: runs/PRESET)")
-        add("--seed", type=int, help="of data order, weights and dropout (default: 0)")
+        add("--run", action="append" if stage == "report" else "store",
+            help="run directory (default: runs/PRESET)" + "; more: other seeds" * (stage == "report"))
+        add("--seed", type=int, help="of data order, weights, dropout; not of the tiny LM (default: 0)")
         add("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         for field, (kind, readers, text) in FLAGS.items():
             if stage in readers.split():
