@@ -1866,7 +1866,7 @@ def pair_interaction(nfm, pairs, mean):
 def partial_r2(y, a, b, folds):
     """Cross-fitted partial R² of a·b in y (N, D), beyond a, b, a², b² and a constant: a, b (N,). Each fold, a
     label of folds (N,), is predicted by least squares from the others. Below 0 where the product adds nothing
-    but noise; 0 with fewer than 12 rows to fit from."""
+    but noise; 0 with fewer than 12 rows to fit from, or nothing to predict."""
     X = np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], 1)
     X[:, 1:] = (X[:, 1:] - X[:, 1:].mean(0)) / (X[:, 1:].std(0) + 1e-12)
     errors = np.zeros(2)                                  # without the product, with it
@@ -1877,7 +1877,7 @@ def partial_r2(y, a, b, folds):
         for number, some in enumerate((X[:, :5], X)):
             predicted = some[held] @ np.linalg.lstsq(some[fit], y[fit])[0]
             errors[number] += ((y[held] - predicted) ** 2).sum()
-    return float(1 - errors[1] / errors[0])
+    return float(1 - errors[1] / errors[0]) if errors[0] else 0.0
 
 @torch.no_grad()
 def pair_r2(model, sae, batches, pairs, directions, *, folds=5):
@@ -1941,11 +1941,11 @@ def agreement(model, peer, pairs, mean):
     same = (back[there] == torch.arange(len(there), device=there.device)) & (cosine >= 0.7)
     pairs = pairs[same[pairs].all(1)]
     mean_there = torch.zeros_like(mean).index_copy(0, there[same], mean[same])
-    strength = pair_interaction(peer.nfm, there[pairs], mean_there).norm(dim=1)
+    own, other = (pair_interaction(*of).norm(dim=1) for of in (
+        (model.nfm, pairs, mean), (peer.nfm, there[pairs], mean_there)))
     tenth = max(1, len(pairs) // 10)
-    in_first = (strength[:tenth] >= strength.sort(descending=True).values[tenth - 1]).double().mean().item()
-    return dict(shared=len(pairs), first_tenth=in_first,
-                r=float(spearmanr(range(len(pairs), 0, -1), strength.cpu()).statistic))
+    in_first = (other[:tenth] >= other.sort(descending=True).values[tenth - 1]).double().mean().item()
+    return dict(shared=len(pairs), r=float(spearmanr(own.cpu(), other.cpu()).statistic), first_tenth=in_first)
 
 @torch.no_grad()
 def measure_pairs(cfg):
@@ -1955,7 +1955,8 @@ def measure_pairs(cfg):
     sae, arms, about = models.pop("sae"), {}, []
     for name, model in models.items():
         pairs, counts, q, mean = ranked_pairs(cfg, data, model)
-        top = math.ceil(min(50, len(pairs) / 2))
+        if not (top := min(50, len(pairs) // 2)):
+            raise UserError("only one pair of features meets in 30 tokens of test text: raise --eval-tokens")
         covariates = torch.cat([counts[:, None].log(), mean[pairs].sort(1).values.log()], 1)
         controls = matched_controls(covariates.cpu().numpy(), top)
         tested = [*range(top), *controls.flat]
@@ -2291,7 +2292,8 @@ def weight_figures(arms):
 
 def world_figure(arms):
     """The figure of synth's results, as in figures_of."""
-    arm, names = arms["joint-interaction"], [name for name in arms if name != "sae"]
+    arm = arms["joint-interaction"]
+    names = [name for name in arms if "over sae" in arms[name]["null"]["gain"]]
     strengths = [("plot", label, np.sort(arm[kind]["strengths"][pairs])[::-1]) for label, kind, pairs in (
         ("planted", "planted", "planted"), ("decoys", "planted", "decoy"), ("null world", "null", "planted"))]
     gained = {kind: np.transpose([arms[name][kind]["gain"]["over sae"] for name in names])
@@ -2369,7 +2371,8 @@ def read_results(runs):
             raise UserError(f"{run} holds no results of this version: run the stage `recon` first")
         for stage in found[0].keys() & found[-1].keys():
             first, this = (each[stage]["config"] for each in (found[0], found[-1]))
-            if differ := [name for name in this if name != "seed" and this[name] != first.get(name)]:
+            read = (name for name, (_, readers, _) in FLAGS.items() if stage in readers.split())
+            if differ := [name for name in read if this[name] != first[name]]:
                 raise UserError(f"{run} and {runs[0]} differ in more than the seed: {stage}, {differ[0]}")
     return found
 
@@ -2377,7 +2380,9 @@ def across(found, stage, where):
     """A figure in the results of several runs: (value, text). Of one run, as it is; of more, [mean, lowest,
     highest] and mean ± standard deviation."""
     values = [lookup(results, f"{stage}/arms/{where}") for results in found]
-    if len(values) == 1 or None in values or isinstance(values[0], str):
+    if None in values:
+        return None, "-"
+    if len(values) == 1 or isinstance(values[0], str):
         return values[0], show(values[0], where)
     own = [np.atleast_1d(value)[0] for value in values]
     mean, std = np.mean(own), np.std(own, ddof=1)

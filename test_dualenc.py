@@ -1279,10 +1279,11 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
             args = d.parser().parse_args(
                 [reader, "--run", str(tmp_path / "none"), flag, *([value] if value else [])]
             )
-            for other in {"features": ("k", "n", "top"), "k": ("n", "top")}.get(name, ()):
+            world = {"world_features": ("world_planted", "world_k"), "world_planted": ()}
+            for other in ({"features": ("k", "n", "top"), "k": ("n", "top")} | world).get(name, ()):
                 setattr(args, other, 1)  # 7 must be a possible value
             cfg = d.resolve(args)
-            expected = True if kind is bool else [0.5] if name == "lr" else kind(value)
+            expected = True if kind is bool else [0.5] if name.endswith("lr") else kind(value)
             assert getattr(cfg, name) == cfg.fields[name] == expected
     assert {reader for _, readers, _ in d.FLAGS.values() for reader in readers.split()} <= set(d.STAGES)
 
@@ -1291,7 +1292,7 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
 def test_help_names_the_papers_values_and_imports_nothing_heavy(stage_name):
     command = [sys.executable, str(SOURCE), stage_name, "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--preset" in out and ("(paper:" in out) == (stage_name not in ("lm", "report"))
+    assert "--preset" in out and ("(paper:" in out) == (stage_name not in ("lm", "synth", "report"))
     code = (
         f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path[:0] = [{str(SOURCE.parent)!r}]\n"
         "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n"
@@ -1323,7 +1324,7 @@ def test_bad_input_is_one_line_and_exit_status_two(model, text, trained, tmp_pat
     cases = [
         (["train", "--preset", "huge"], "unknown preset 'huge'"),
         (["train", "sea", *base], "unknown arm 'sea'"),
-        (["train", "sae@2y", *base], "a size is a number"),
+        (["train", "sae@2y", *base], "take a size"),
         (["train", *base, "--layer", 3], "layer 3 is out of range"),
         (["train", *base, "--layer", -1], "layer -1 is out of range"),
         (["train", *base, "--k", 49], "--k 49 is more than --features 48"),
@@ -2243,6 +2244,171 @@ def test_edited_stimuli_are_read_again_and_an_arm_is_refused_alone(measured, tmp
     assert any("refused, sequential on" in line for line in results_of(run, "anova")["about"])
 
 
+# ---- pairs
+
+
+def r2_by_hand(y, a, b, folds):
+    """partial_r2 by normal equations, output by output."""
+    without = full = 0
+    for fold in set(folds.tolist()):
+        fit, held = folds != fold, folds == fold
+        for column in y.T:
+            for size in (5, 6):
+                X = np.array([[1, p, q, p * p, q * q, p * q][:size] for p, q in zip(a, b, strict=True)])
+                weights = np.linalg.solve(X[fit].T @ X[fit], X[fit].T @ column[fit])
+                error = sum((column[held] - X[held] @ weights) ** 2)
+                without, full = without + error * (size == 5), full + error * (size == 6)
+    return 1 - full / without
+
+
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(25, 60), columns=st.integers(1, 4), strength=st.floats(0, 2)
+)
+def test_partial_r2_against_normal_equations(seed, rows, columns, strength):
+    rng = np.random.default_rng(seed)
+    a, b, folds = rng.uniform(0.5, 1.5, rows), rng.exponential(1, rows), rng.integers(3, size=rows)
+    y = rng.normal(size=(rows, columns)) + strength * (a * b)[:, None]
+    found = d.partial_r2(y, a, b, folds)
+    if min((folds != fold).sum() for fold in set(folds)) >= 12:
+        assert found == pytest.approx(r2_by_hand(y, a, b, folds), rel=1e-4, abs=1e-6)
+
+
+def test_partial_r2_sees_products_and_nothing_else():
+    rng = np.random.default_rng(0)
+    a, b, folds = *rng.uniform(0.5, 1.5, (2, 4000)), np.arange(4000) % 5
+    noise = rng.normal(size=(4000, 3))
+    curved = np.stack([a * a, 3 * b, a - b * b], 1)
+    assert abs(d.partial_r2(curved + noise, a, b, folds)) < 0.002  # curvature is no interaction
+    signal = (a - a.mean()) * (b - b.mean())
+    expected = signal.var() / (signal.var() + 0.01)
+    assert d.partial_r2(curved[:, :1] + signal[:, None] + 0.1 * noise[:, :1], a, b, folds) == pytest.approx(
+        expected, abs=0.05
+    )
+    assert d.partial_r2(noise[:13], a[:13], b[:13], folds[:13]) == 0  # too few rows
+
+
+def test_pair_r2_against_a_loop_over_tokens():
+    model, sae = (arm(name, F=12, k=6, n=5).requires_grad_(False) for name in ("joint", "sae"))
+    x, documents = normal(3000, 6, seed=3).float(), torch.arange(3000) // 7
+    pairs = torch.tensor([[0, 3], [5, 2], [11, 4]])
+    directions = torch.nn.functional.normalize(normal(3, 6, seed=4).float(), dim=1)
+    batches = [(x[:150], documents[:150]), (x[150:], documents[150:])]
+    found = d.pair_r2(model, sae, batches, pairs, directions)
+    values, indices = model.sae.encode(x)
+    code, left = dense(values[:, :5], indices[:, :5], 12).double(), (x - sae(x)["sae"]).double()
+    for (a, b), direction, *r2 in zip(pairs, directions.double(), *found, strict=True):
+        both = (code[:, a] > 0) & (code[:, b] > 0)
+        rest = [part[both].numpy() for part in (code[:, a], code[:, b], documents % 5)]
+        assert both.sum() > 30
+        assert r2 == pytest.approx(
+            [r2_by_hand(y[both].numpy(), *rest) for y in ((left @ direction)[:, None], left)], abs=1e-4
+        )
+
+
+def test_matched_controls_takes_the_nearest_that_is_free():
+    covariates = np.random.default_rng(1).normal(size=(40, 3)) * [1, 10, 100]
+    found, free = d.matched_controls(covariates, 4, each=5), list(range(4, 40))
+    assert found.shape == (4, 5)
+    scaled = covariates / covariates.std(0)
+    for turn, row in ((turn, row) for turn in range(5) for row in range(4)):
+        nearest = min(free, key=lambda other: np.linalg.norm(scaled[other] - scaled[row]))
+        assert found[row, turn] == nearest
+        free.remove(nearest)
+    assert d.matched_controls(covariates, 20).shape == (20, 1)
+
+
+def test_rank_test_against_all_choices_and_is_uniform_without_a_difference():
+    import itertools
+
+    rng = np.random.default_rng(2)
+    own, controls = rng.normal(size=3) + 1, rng.normal(size=(3, 4))
+    sets = np.column_stack([own, controls])
+    ranks = (sets[:, :, None] > sets[:, None]).sum(2)
+    sums = [sum(choice) for choice in itertools.product(*ranks)]
+    assert d.rank_test(own, controls) == pytest.approx(
+        np.mean([total >= ranks[:, 0].sum() for total in sums]), abs=0.015
+    )
+    from scipy.stats import kstest
+
+    p = [d.rank_test(rng.normal(size=20), rng.normal(size=(20, 5)), permutations=199) for _ in range(300)]
+    assert kstest(p, "uniform").pvalue > 0.001
+    assert d.rank_test(rng.normal(size=50) + 1, rng.normal(size=(50, 20))) < 0.001
+
+
+def test_agreement_of_a_model_with_itself_reordered_and_with_another():
+    model, other = arm("joint", F=40).requires_grad_(False), arm("joint", F=40).requires_grad_(False)
+    for p in model.nfm.parameters():
+        torch.nn.init.normal_(p)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    state = {name: p[order] if len(p) == 40 else p for name, p in model.state_dict().items()}
+    other.load_state_dict(state)
+    mean, pairs = (
+        torch.rand(40, generator=torch.Generator().manual_seed(2)),
+        torch.combinations(torch.arange(40)),
+    )
+    strength = d.pair_interaction(model.nfm, pairs, mean).norm(dim=1)
+    ranked = pairs[strength.argsort(descending=True)]
+    assert d.agreement(model, other, ranked, mean) == dict(shared=780, first_tenth=1, r=pytest.approx(1))
+    assert (
+        d.agreement(model, arm("joint", F=40).requires_grad_(False), ranked, mean)["r"] < 0.9
+    )  # the same decoder, another V
+    with torch.no_grad():
+        other.sae.W_dec[order.argsort()[7]] *= -1  # feature 7 has no counterpart now
+    assert d.agreement(model, other, ranked, mean)["shared"] == 780 - 39
+
+
+def test_pairs_stage_against_a_recomputation(model, text, tmp_path, capsys):
+    run, more = tmp_path / "run", ["--eval-tokens", 2000]
+    arms = ["sae", "joint", "joint-interaction"]
+    assert stage("train", run, *arms, "--model", model, "--text", text, "--layer", 1, *SMALL, *more) == 0
+    shutil.copytree(run, peer := tmp_path / "peer")
+    assert stage("pairs", run, "--peer", peer) == 0
+    assert "would pass" in capsys.readouterr().out
+    cfg, data, models, *_ = opened(run, "pairs")
+    found = results_of(run, "pairs")["arms"]
+    assert list(found) == arms[1:]
+    for _, of, metrics, controls, *_ in d.CLAIMS:
+        assert of != "pairs" or all(d.lookup(found, where) is not None for where in (*metrics, *controls))
+    batches = list(d.held_out_batches(cfg, data, "test", cfg.eval_tokens))
+    for name, entry in found.items():
+        pairs, counts, mean = d.count_pairs(models[name], batches)
+        pairs, counts = pairs[counts >= 30], counts[counts >= 30]
+        q = d.pair_interaction(models[name].nfm, pairs, mean)
+        order = q.norm(dim=1).argsort(descending=True)
+        pairs, counts, q = pairs[order], counts[order], q[order]
+        assert entry["pairs"] == len(pairs) > 9
+        direction = torch.nn.functional.normalize(q, dim=1)
+        r2 = d.pair_r2(models[name], models["sae"], batches, pairs, direction)
+        top = min(50, len(pairs) // 2)
+        covariates = torch.stack([counts.log(), *mean[pairs].sort(1).values.log().T], 1)
+        controls = d.matched_controls(covariates.cpu().numpy(), top)
+        for part, each in zip(("along", "whole"), r2, strict=True):
+            own, others = each[:top], each[controls]
+            assert entry[part]["r2"] == pytest.approx(np.median(own), abs=1e-5)
+            assert entry[part]["r2_controls"] == pytest.approx(np.median(others), abs=1e-5)
+            assert entry[part]["p"] == pytest.approx(d.rank_test(own, others), abs=0.02)
+            passed = [list(pair) for pair, r2, rest in zip(pairs.tolist(), own, others, strict=False)
+                      if r2 > 0 and r2 > max(rest)]  # fmt: skip
+            assert entry[part]["passed"] == len(passed) and (part == "whole" or entry["passed"] == passed)
+        agreed = entry[f"peer {peer}"]
+        assert agreed["shared"] == len(pairs) and agreed["r"] == pytest.approx(1)
+        assert agreed["first_tenth"] == 1
+
+
+def test_inspect_shows_the_pairs_that_pass(measured):
+    path = measured / "results" / "pairs.json"
+    results = results_of(measured, "pairs") if path.exists() else dict(arms=dict(joint={}))
+    assert stage("inspect", measured, "--pairs", 50) == 0
+    *_, (a, b) = [[int(part) for part in label.replace(",", "").split() if part.isdigit()][:2]
+                  for label in results_of(measured, "inspect")["arms"]]  # fmt: skip
+    results["arms"]["joint"]["passed"] = [[a, b]]
+    path.write_text(json.dumps(results))
+    assert stage("inspect", measured) == 0
+    (label,) = results_of(measured, "inspect")["arms"]
+    assert f"features {a} and {b}" in label and "passes" in label
+    path.unlink()
+
+
 # ---- inspect
 
 
@@ -2329,6 +2495,232 @@ def test_inspect_of_a_secondary_feature_needs_the_stage_before(trained, tmp_path
     assert "run the stage `secondary` first" in capsys.readouterr().err
 
 
+# ---- ground truth
+
+
+CONSTANTS = dict(dims=30, features=20, planted=3, gamma=0.7, noise=0.1, alone=0.2, together=0.1)
+
+
+def test_a_world_is_its_formula_and_its_windows_do_not_mind_company():
+    world, ids = d.World(5, **CONSTANTS), torch.arange(40)[:, None].repeat(1, 100)
+    f, x = world.draw(ids)
+    assert f.shape == (40, 100, 20) and x.shape == (40, 100, 30)
+    assert len(set(world.pairs.flatten().tolist())) == 4 * 3
+    for rows in (world.d, world.c):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+    expected = torch.zeros(40, 100, 30)
+    for i in range(20):
+        expected += f[..., i, None] * world.d[i]
+    for number, (i, j) in enumerate(world.pairs[:3].tolist()):
+        expected += 0.7 * (f[..., i] * f[..., j])[..., None] * world.c[number]
+    noise = x - expected
+    assert abs(noise.std() - 0.1) < 0.002 and abs(noise.mean()) < 0.002
+    active = (f > 0).double().mean((0, 1))
+    paired = torch.zeros(20, dtype=torch.bool).index_fill(0, world.pairs.flatten(), True)
+    assert (active[~paired] - 0.2).abs().max() < 0.03 and (active[paired] - 0.28).abs().max() < 0.03
+    both = (f[..., world.pairs] > 0).all(-1).double().mean((0, 1))
+    assert (both - (0.1 + 0.9 * 0.04)).abs().max() < 0.02
+    assert f[f > 0].min() >= 0.5 and f.max() <= 1.5
+    assert torch.equal(d.extract(world, 0, ids[7:9], skip=0, at_once=1), x[7:9].flatten(0, 1))
+    null = d.World(5, **CONSTANTS | dict(gamma=0.0))
+    assert torch.equal(null.draw(ids)[0], f) and torch.equal(null.d, world.d)
+
+
+def perfect_arms(world):
+    """An SAE and an NFM that know the world, and an SAE with one feature for the first planted pair."""
+    P, G, D = len(world.c), *world.d.shape
+    order = torch.randperm(G, generator=torch.Generator().manual_seed(0))
+    models = dict(sae=d.make_arm("sae", D=D, F=G, k=12, n=12, K=P))
+    models["joint-interaction"] = d.make_arm("joint-interaction", D=D, F=G, k=12, n=12, K=P)
+    models["sae@2x"] = d.make_arm("sae@2x", D=D, F=G, k=12, n=12, K=P)
+    inverse = torch.linalg.pinv(torch.cat([world.d, world.c])).T
+    for model in models.values():
+        for p in model.parameters():
+            torch.nn.init.zeros_(p)
+        model.sae.W_dec[:G], model.sae.W_enc[:G] = world.d[order], inverse[:G][order]
+        model.sae.b_enc[:] = -0.25
+        model.eval()
+    nfm, place = models["joint-interaction"].nfm, order.argsort()
+    for number, pair in enumerate(world.pairs[:P]):
+        nfm.V[place[pair], number] = 1
+    nfm.W_1[:], nfm.W_2[:] = torch.eye(P), 0.7 * world.c.T
+    i, j = world.pairs[0]
+    models["sae@2x"].sae.W_enc[G], models["sae@2x"].sae.b_enc[G] = inverse[i] + inverse[j], -1.6
+    return models
+
+
+@torch.no_grad()
+def test_judge_arms_of_models_that_know_the_world():
+    world = d.World(3, **CONSTANTS | dict(noise=0.0))
+
+    def stream(split, **options):
+        return ((0, number, np.full(50, number)) for number in range(10**6))
+
+    data = types.SimpleNamespace(
+        lm=world, stream=stream, rows=50, standardiser=d.Standardiser(torch.zeros(30), torch.full((30,), 0.5))
+    )  # fmt: skip
+    models = perfect_arms(world)
+    for model in models.values():
+        model.sae.W_dec *= 2  # standardised units
+        model.sae.W_enc /= 2
+    models["joint-interaction"].nfm.W_2 *= 2
+    cfg = types.SimpleNamespace(stage="synth", device="cpu", eval_tokens=4000)
+    found = d.judge_arms(cfg, data, models)
+    assert all(entry["matched"] == 1 for entry in found.values())
+    assert [entry["conjunctions"] for entry in found.values()] == [0, 0, 1]
+    assert all(entry["decoy_conjunctions"] == 0 for entry in found.values())
+    nfm = found["joint-interaction"]
+    assert nfm["auroc"] == 1 and nfm["above_decoys"] == 1 and nfm["cosine"] == pytest.approx(1, abs=1e-5)
+    assert nfm["strength"]["planted"] == pytest.approx(0.7 * 0.75**2, rel=0.02)  # values 1 - .25
+    assert nfm["strength"]["decoy"] == pytest.approx(0, abs=1e-5)
+    x = data.standardiser.encode(world.draw(torch.arange(80)[:, None].repeat(1, 50))[1].flatten(0, 1))
+    mse = [((sum(models[name](x).values()) - x) ** 2).mean() for name in ("sae", "joint-interaction")]
+    assert nfm["gain"]["over sae"] == pytest.approx(1 - (mse[1] / mse[0]).item(), abs=1e-5) and (
+        nfm["gain"]["over sae"] > 0
+    )
+    assert "over sae" not in found["sae"]["gain"] and "over sae" not in found["sae@2x"]["gain"]
+
+
+def test_spread_of_nested_figures():
+    entries = [dict(a=1, b=dict(c=2.0, d=[1]), e=0.5), dict(a=4, b=dict(c=5.0, d=[2, 3]), e=0.5)]
+    entries.append(dict(a=2, b=dict(c=-1.0, d=[]), e=0.5))
+    assert d.spread(entries) == dict(a=[2, 1, 4], b=dict(c=[2, -1, 5], d=[1, 2, 3]), e=[0.5, 0.5, 0.5])
+
+
+def test_synth_gives_the_same_numbers_again_and_goes_on_where_it_was(tmp_path, capsys):
+    flags = ["--world-steps", 12, "--world-tests", 500, "--world-worlds", 1, "--world-seeds", 2]
+    flags += ["--world-dims", 12, "--world-features", 24, "--world-planted", 5, "--world-k", 4]
+    assert stage("synth", tmp_path / "one", *flags) == 0 and stage("synth", tmp_path / "two", *flags) == 0
+    one, two = (results_of(tmp_path / name, "synth")["arms"] for name in ("one", "two"))
+    assert one == two and set(one["joint-interaction"]) > {"planted", "null", "null, both"}
+    for _, of, metrics, controls, *_ in d.CLAIMS:
+        assert of != "synth" or all(d.lookup(one, where) is not None for where in (*metrics, *controls))
+    assert capsys.readouterr().out.count("nothing interacts") == 2
+    worlds = sorted((tmp_path / "one" / "worlds").iterdir())
+    assert len(worlds) == 2 * 7  # seeds, kinds
+    (tmp_path / "one" / "results" / "synth.json").unlink()
+    shutil.rmtree(worlds[0])
+    made = {path: path.stat().st_mtime_ns for path in worlds[1].glob("*.safetensors")}
+    assert stage("synth", tmp_path / "one") == 0 and results_of(tmp_path / "one", "synth")["arms"] == one
+    assert made and made == {path: path.stat().st_mtime_ns for path in worlds[1].glob("*.safetensors")}
+    assert stage("report", tmp_path / "one") == 0
+    assert (tmp_path / "one" / "figures" / "worlds.png").stat().st_size > 10_000
+
+
+def test_the_pair_test_is_calibrated_where_the_truth_is_known(tmp_path):
+    from scipy.stats import mannwhitneyu
+
+    cfg = d.resolve(d.parser().parse_args(["synth", "--run", str(tmp_path), "--device", DEVICE]))
+    constants = {name: cfg.fields[f"world_{name}"] for name in d.WORLD} | dict(tests=20_000)
+    for gamma in (0.7, 0.0):
+        names = ("sae", "joint-interaction")
+        own, data, models = d.train_in_world(cfg, constants | dict(gamma=gamma), 0, 0, names)
+        model, world, std = models["joint-interaction"], data.lm, data.standardiser.std
+        rows = torch.nn.functional.normalize(model.sae.W_dec * std, dim=1)
+        pairs = (rows @ world.d.T).argmax(0)[world.pairs]
+        batches = list(d.held_out_batches(own, data, "test", 20_000))
+        q = d.pair_interaction(model.nfm, pairs, d.count_pairs(model, batches)[2])
+        along, whole = d.pair_r2(
+            model, models["sae"], batches, pairs, torch.nn.functional.normalize(q, dim=1)
+        )
+        auroc = [mannwhitneyu(r2[:24], r2[24:]).statistic / 24**2 for r2 in (along, whole)]
+        assert abs(np.median(along[24:])) < 0.01 and abs(np.median(whole[24:])) < 0.01, "decoys"
+        if gamma:
+            assert min(auroc) > 0.85 and np.median(along[:24]) > 0.1 and np.median(whole[:24]) > 0.002
+        else:
+            assert abs(np.median(along[:24])) < 0.01 and all(0.25 < each < 0.75 for each in auroc)
+
+
+# ---- null twins, sizes, seeds
+
+
+@pytest.fixture(scope="module")
+def twins(trained, tmp_path_factory):
+    """A run with null twins and several sizes, and another of the same, but for its seed."""
+    runs = [tmp_path_factory.mktemp("twins") / name for name in ("first", "second")]
+    shutil.copytree(trained, runs[0], ignore=shutil.ignore_patterns("results"))
+    stored = json.loads((trained / "config.json").read_text())
+    assert stage("train", runs[1], "sae", "joint", "--seed", 1, "--model", stored["model"], "--text",
+                 stored["text"], "--layer", 1, *SMALL) == 0  # fmt: skip
+    for run in runs:
+        assert stage("train", run, "sae~null", "joint~null") == 0 and stage("recon", run) == 0
+    return runs
+
+
+def test_a_null_twin_keeps_the_code_and_shuffles_what_is_left(trained):
+    cfg, data, models, _, raw = opened(trained, "recon")
+    twin, x = d.null_twin(cfg, data), data.standardiser.encode(raw[:300])
+    x_hat = models["sae"](x)["sae"]
+    made = twin.standardiser.encode(data.standardiser.decode(x))
+    left, shuffled = x - x_hat, made - x_hat
+    torch.testing.assert_close(shuffled.sort(0).values, left.sort(0).values, rtol=0, atol=1e-4)
+    distance = torch.cdist(shuffled.double(), left.double())
+    assert distance.min(1).values.max() < 1e-4  # rows stay whole
+    assert (distance.diagonal() > 1e-3).double().mean() > 0.9
+
+
+def test_twins_train_as_their_counterparts_and_are_compared_with_twins(twins, trained, capsys):
+    run = twins[0]
+    results = results_of(run, "recon")["arms"]
+    assert {"sae~null", "joint~null"} <= set(results) and set(results) > set(ARMS)
+    joint, null = results["joint"], results["joint~null"]
+    assert null["gain"]["full"]["over sae"][0] == pytest.approx(1 - null["mse"] / results["sae~null"]["mse"])
+    difference = joint["gain"]["full"]["over sae"][0] - null["gain"]["full"]["over sae"][0]
+    assert joint["gain_less_twin"][0] == pytest.approx(difference)
+    assert joint["gain_less_twin"][1] < difference < joint["gain_less_twin"][2]
+    real, twin = (d.load_arm(run / f"joint{end}.safetensors").config for end in ("", "~null"))
+    assert {k: v for k, v in real.items() if k in ("steps", "D", "F", "run")} == {
+        k: v for k, v in twin.items() if k in ("steps", "D", "F", "run")
+    }
+    assert stage("kl", run, "--kl-tokens", 400) == 0  # twins are no arms of a language model
+    assert set(results_of(run, "kl")["arms"]) == set(ARMS)
+    assert stage("train", run, "sequential~null") == 2 and "unknown arm" in capsys.readouterr().err
+    assert stage("train", run.parent / "none", "joint~null") == 2
+    assert "need a trained `sae`" in capsys.readouterr().err
+
+
+def test_capacity_by_hand():
+    arms = {
+        "sae@0.5x": (100, 0.4),
+        "sae": (200, 0.2),
+        "sae@matched": (400, 0.1),
+        "joint": (150, 0.2),
+        "joint@2x": (300, 0.2 / 2**0.5),
+        "joint@4x": (900, 0.05),
+        "sae~null": (1, 1),
+        "sae-2dec": (1, 1),
+    }
+    arms = {name: dict(params=params, fvu=fvu) for name, (params, fvu) in arms.items()}  # fmt: skip
+    assert d.family(arms, "sae") == [(100, 0.4), (200, 0.2), (400, 0.1)]
+    lines = d.capacity_lines(arms)
+    assert [line.split("has ")[-1].split(" times")[0] for line in lines[:2]] == ["1.33", f"{2**1.5 / 3:.2f}"]
+    assert len(lines) == 3 and "beyond" in lines[2]
+    del arms["sae"]
+    assert d.capacity_lines(arms) == []
+
+
+def test_report_over_seeds_gives_mean_and_standard_deviation(twins, trained, capsys):
+    first, second = twins
+    assert stage("report", first, "--run", second) == 0
+    text = (first / "report.md").read_text()
+    assert "training seeds 0, 1" in text and "joint~null" in text
+    gains = [results_of(run, "recon")["arms"]["joint"]["gain"]["full"]["over sae"][0] for run in twins]
+    assert f"{100 * np.mean(gains):.1f} % ± {100 * abs(gains[0] - gains[1]) / 2**0.5:.1f} %" in text
+    where = "joint/gain/full/over sae"
+    found = d.read_results(twins)
+    assert d.across(found, "recon", where)[0] == pytest.approx([np.mean(gains), min(gains), max(gains)])
+    assert d.across(found[:1], "recon", where) == (
+        results_of(first, "recon")["arms"]["joint"]["gain"]["full"]["over sae"],
+        d.show(results_of(first, "recon")["arms"]["joint"]["gain"]["full"]["over sae"], where),
+    )
+    assert d.across(found, "recon", "sequential/mse") == (None, "-")  # one of them lacks it
+    results = results_of(second, "recon")
+    results["config"]["eval_tokens"] = 1
+    (second / "results" / "recon.json").write_text(json.dumps(results))
+    assert stage("report", first, "--run", second) == 2
+    assert "differ in more than the seed: recon, eval_tokens" in capsys.readouterr().err
+
+
 # ---- report
 
 
@@ -2338,7 +2730,7 @@ def test_report_holds_every_claim_and_valid_figures(measured, trained, tmp_path,
     text = (measured / "report.md").read_text()
     missing = next(line for line in text.splitlines() if "missing" in line)
     assert "kl" in missing and not any(name in missing for name in ("recon", "gram", "secondary", "anova"))
-    assert all(title in text for title, *_ in d.CLAIMS) and len(d.CLAIMS) == 13
+    assert all(title in text for title, *_ in d.CLAIMS) and len(d.CLAIMS) == 16
     assert stage("report", measured) == 0
     out = capsys.readouterr().out
     assert all(title in out for title, *_ in d.CLAIMS)
@@ -2363,7 +2755,7 @@ def test_report_holds_every_claim_and_valid_figures(measured, trained, tmp_path,
 
 def test_each_row_of_the_reports_table_has_its_four_cells(measured):
     rows = [line for line in (measured / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 13
+    assert len(rows) == 2 + 16
     for row in rows:
         assert row.replace("\\|", "").count("|") == 5, row
 
