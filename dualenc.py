@@ -511,7 +511,8 @@ def stage_results(cfg, compute):
     made = fields_of(cfg, cfg.stage) | {name: getattr(cfg, name, None) for name in options}
     files = {file.name: file for file in cfg.run.glob("*.safetensors") if ".secondary" not in file.name}
     files |= {name: pathlib.Path(name) for name in made.get("stimuli", "").split(",")}
-    files |= dict(pairs=path.with_name("pairs.json")) if cfg.stage == "inspect" else {}
+    files |= {"pairs.json": path.with_name("pairs.json")} if cfg.stage == "inspect" else {}
+    files |= {str(file): file for peer in made["peer"] or () for file in pathlib.Path(peer).glob("joint*")}
     made |= {name: file.stat().st_mtime_ns for name, file in files.items() if file.is_file()}
     trace = dict(sha256=source_hash(), made_from=made)
     if not path.exists() or not trace.items() <= read_json(path).items():
@@ -1088,10 +1089,10 @@ def run_train(cfg):
 CLAIMS = (   # title (paper's value), stage, paper's metric, controls, what the first n controls must show, n
     # A to C are not the paper's
     ("A pair test of nonlinear integration: the product of two features predicts what sae leaves",
-     "pairs", ["joint/along/r2", "joint-interaction/along/r2"],
-     ["joint/along/p", "joint/along/r2_controls", "joint-interaction/along/p", "joint/whole/p",
-      "joint-interaction/whole/p"],
-     ("<", 0.05, "pairs that joint ranks first are predicted better by their product than pairs alike"), 1),
+     "pairs", ["joint/whole/r2", "joint-interaction/whole/r2"],
+     ["joint/whole/p", "joint-interaction/whole/p", "joint/whole/r2_controls",
+      "joint-interaction/whole/r2_controls", "joint/along/p", "joint-interaction/along/p"],
+     ("<", 0.05, "products of the pairs that joint ranks first predict it better than of pairs alike"), 1),
     ("B joint gains more over sae than on null twins, whose residuals tell nothing", "recon",
      ["joint/gain/full/over sae", "joint-interaction/gain/full/over sae"],
      ["joint/gain_less_twin", "joint-interaction/gain_less_twin", "joint~null/gain/full/over sae",
@@ -1199,8 +1200,9 @@ def verdict(values, relation, bound, what):
     if not ends:
         return "not measured"
     beyond = (np.array(ends) - bound) * (1 if relation == ">" else -1)
-    short = (beyond <= 0).all(1).any()
-    return ("upheld: " if (beyond > 0).all() else "not upheld: " if short else "not decided: ") + what
+    short, all_there = (beyond <= 0).all(1).any(), len(ends) == len(values)
+    upheld = (beyond > 0).all() and all_there
+    return ("upheld: " if upheld else "not upheld: " if short else "not decided: ") + what
 
 def table(*rows):
     """Lines of aligned columns from rows of strings, the first to the left, the others to the right."""
@@ -1227,13 +1229,13 @@ def stage_lines(stage, results):
 
 # ------------------------------------------------------------------------------------------ reconstruction
 
-def arm_results(own, cuts, model):
-    """An arm's entry in recon.json, from what evaluate and gains have of it."""
+def arm_results(own, cuts, config, params):
+    """An arm's entry in recon.json, from what evaluate and gains have of it, its config and its size."""
     entry = {measure: own[measure]["full"] for measure in ("mse", "fvu", "fvu_raw")}
     entry["explained"] = {measure: 1 - error for measure, error in entry.items()}
-    entry |= {key: model.config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
+    entry |= {key: config[key] for key in ("dead", "dead_tokens", "lr", "validation_mse")}
     labels = dict(published="over own SAE path", matched="over sae", parameter_matched="over sae@matched")
-    entry |= dict(l0=own["l0"], params=count_parameters(model), magnitude=own["magnitude"], gain=cuts,
+    entry |= dict(l0=own["l0"], params=params, magnitude=own["magnitude"], gain=cuts,
                   fvu_by_path=own["fvu"], improvement={
                       name: cut[0] for name, label in labels.items() if (cut := cuts["full"].get(label))})
     _, *added = own["magnitude"]
@@ -1254,10 +1256,11 @@ def family(arms, name):
 def capacity_lines(arms):
     """What each size of joint saves: the parameters of an `sae` of the same error, by interpolation between
     the sizes that were trained (of logs), over its own; no lines with fewer than three sizes of sae."""
-    sae, lines = np.log(family(arms, "sae")), []
-    if len(sae) < 3:
-        return lines
-    sae = sae[sae[:, 1].argsort()]
+    sizes = family(arms, "sae")
+    if len(sizes) < 3:
+        return []
+    best, lines = itertools.accumulate((fvu for _, fvu in sizes), min), []
+    sae = np.log([size for size, low in zip(sizes, best, strict=True) if size[1] == low])[::-1]
     for params, fvu in family(arms, "joint"):
         same = math.exp(np.interp(math.log(fvu), sae[:, 1], sae[:, 0], left=math.nan, right=math.nan))
         lines.append(f"joint of {params:,} parameters, fvu {fvu:.4f}: " + (
@@ -1284,15 +1287,16 @@ def open_pair(cfg, **options):
 
 def measure_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; claims 1 to 4 beside their controls."""
-    (data, models), measured = open_arms(cfg), {}
-    twins = {path.stem: load_arm_of(cfg, path.stem, data.D)
-             for path in sorted(cfg.run.glob(f"*{NULL}.safetensors"))}
-    for those, source in ((models, data), (twins, null_twin(cfg, data) if twins else None)):
-        if those:
-            batches = held_out_batches(cfg, source, "test", cfg.eval_tokens)
-            measured |= evaluate(those, batches, std=data.standardiser.std)
+    (data, models), measured, about_arm = open_arms(cfg), {}, {}
+    twins = [path.stem for path in sorted(cfg.run.glob(f"*{NULL}.safetensors"))]
+    for source in [data, *(null_twin(cfg, data) for _ in twins[:1])]:
+        if source is not data:                            # in the others' place, who may fill the memory
+            models = {name: load_arm_of(cfg, name, data.D) for name in twins}
+        about_arm |= {name: (model.config, count_parameters(model)) for name, model in models.items()}
+        measured |= evaluate(models, held_out_batches(cfg, source, "test", cfg.eval_tokens),
+                             std=data.standardiser.std)
     cuts = gains({(name, path): sse for name, own in measured.items() for path, sse in own["sse"].items()})
-    arms = {name: arm_results(measured[name], cuts[name], model) for name, model in (models | twins).items()}
+    arms = {name: arm_results(own, cuts[name], *about_arm[name]) for name, own in measured.items()}
     for name in twins:
         real, twin = (lookup(cuts, f"{arm}/full/over sae") for arm in (name.removesuffix(NULL), name))
         if real and twin:                                 # the widest interval that both allow
@@ -1840,22 +1844,27 @@ def measure_anova(cfg):
 # interaction: the second difference of its nonlinear path, q(a+b) - q(a) - q(b) + q(0), at the features' mean
 # values. And asked of pairs alike in how often and how strongly they meet, which the ranking passed over.
 
+FOLDS = 5                                                 # of documents, for cross-fitting
+
 def count_pairs(model, batches, *, most=16):
     """Pairs that meet among the `most` largest features of a token that the NFM reads: pairs (P, 2), the
-    tokens in which each meets (P,), and every feature's mean value where it is active (F,)."""
+    tokens in which each meets (P, FOLDS), by the document's number modulo FOLDS, and every feature's mean
+    value where it is active (F,)."""
     F, n, device = model.sae.F, model.nfm.n, model.sae.W_dec.device
     total, fires = torch.zeros(2, F, device=device)
     keys, counts = torch.zeros(2, 0, dtype=torch.long, device=device)
     places = torch.triu_indices(min(most, n), min(most, n), 1)
-    for x, _ in batches:
+    for x, numbers in batches:
         values, indices = (code[:, :n].contiguous() for code in model.sae.encode(x))
         total.index_add_(0, indices.flatten(), values.flatten())
         fires.index_add_(0, indices.flatten(), (values > 0).float().flatten())
         first, second = indices[:, places].sort(1).values.unbind(1)
-        new = (first * F + second)[values[:, places[1]] > 0]
+        new = ((first * F + second) * FOLDS + numbers[:, None] % FOLDS)[values[:, places[1]] > 0]
         keys, at = torch.cat([keys, new]).unique(return_inverse=True)
         counts = torch.zeros_like(keys).index_add_(0, at, torch.cat([counts, torch.ones_like(new)]))
-    return torch.stack([keys // F, keys % F], 1), counts, total / fires.clamp_min(1)
+    pairs, at = (keys // FOLDS).unique(return_inverse=True)
+    by_fold = counts.new_zeros(len(pairs), FOLDS).index_put((at, keys % FOLDS), counts)
+    return torch.stack([pairs // F, pairs % F], 1), by_fold, total / fires.clamp_min(1)
 
 def pair_interaction(nfm, pairs, mean):
     """Second difference (P, D) of the nonlinear path for pairs (P, 2), at features' mean values (F,)."""
@@ -1866,38 +1875,36 @@ def pair_interaction(nfm, pairs, mean):
 def partial_r2(y, a, b, folds):
     """Cross-fitted partial R² of a·b in y (N, D), beyond a, b, a², b² and a constant: a, b (N,). Each fold, a
     label of folds (N,), is predicted by least squares from the others. Below 0 where the product adds nothing
-    but noise; 0 with fewer than 12 rows to fit from, or nothing to predict."""
+    but noise, 0 where there is nothing to predict."""
     X = np.stack([np.ones_like(a), a, b, a * a, b * b, a * b], 1)
     X[:, 1:] = (X[:, 1:] - X[:, 1:].mean(0)) / (X[:, 1:].std(0) + 1e-12)
     errors = np.zeros(2)                                  # without the product, with it
     for fold in np.unique(folds):
         fit, held = folds != fold, folds == fold
-        if fit.sum() < 12:
-            return 0.0
         for number, some in enumerate((X[:, :5], X)):
             predicted = some[held] @ np.linalg.lstsq(some[fit], y[fit])[0]
             errors[number] += ((y[held] - predicted) ** 2).sum()
     return float(1 - errors[1] / errors[0]) if errors[0] else 0.0
 
 @torch.no_grad()
-def pair_r2(model, sae, batches, pairs, directions, *, folds=5):
+def pair_r2(model, sae, batches, pairs, directions):
     """partial_r2 of pairs (P, 2) of a model's features, as its NFM reads them, in what the arm `sae` leaves
-    of the tokens in which both are active, folds being of documents: (2, P), in that along each pair's own of
-    the directions (P, D), which is sharper, and in all of it."""
+    of the tokens in which both are active, folds being of documents: (2, P), in all of that, and in that
+    along each pair's own of the directions (P, D)."""
     met, left, rows = [], [], 0
     for x, numbers in batches:
         values, indices = (code[:, :model.nfm.n] for code in model.sae.encode(x))
         a, b = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices, values)[:, pairs].unbind(2)   # (B, P)
         row, pair = ((a > 0) & (b > 0)).nonzero(as_tuple=True)
         met.append(torch.stack([part.double() for part in (
-            pair, row + rows, numbers[row] % folds, a[row, pair], b[row, pair])]).cpu())
+            pair, row + rows, numbers[row] % FOLDS, a[row, pair], b[row, pair])]).cpu())
         left.append((x - sum(sae(x).values())).cpu())
         rows += len(x)
     met, left = torch.cat(met, 1).numpy(), torch.cat(left).numpy()
     met = met[:, met[0].argsort(kind="stable")]
     by_pair = np.split(met, np.searchsorted(met[0], range(1, len(pairs))), axis=1)
     ys = ((left[row.astype(int)], *rest) for _, row, *rest in by_pair)
-    return np.transpose([(partial_r2(y @ direction[:, None], a, b, fold), partial_r2(y, a, b, fold))
+    return np.transpose([(partial_r2(y, a, b, fold), partial_r2(y @ direction[:, None], a, b, fold))
                          for (y, fold, a, b), direction in zip(ys, directions.cpu().numpy(), strict=True)])
 
 def matched_controls(covariates, top, *, each=20):
@@ -1919,63 +1926,97 @@ def rank_test(own, controls, *, permutations=9999, seed=0):
     return float((1 + (drawn >= ranks[:, 0].sum()).sum()) / (1 + permutations))
 
 def ranked_pairs(cfg, data, model):
-    """Pairs of features that meet in 30 tokens of test text or more, by falling interaction: pairs (P, 2),
-    counts (P,), interactions (P, D), and mean values of all features (F,). Raises UserError if none does."""
-    pairs, counts, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
-    pairs, counts = pairs[counts >= 30], counts[counts >= 30]
-    if not len(pairs):
+    """Pairs of features that meet often enough to be tested, in 30 tokens of test text or more, in every fold
+    and not in one alone, by falling interaction: pairs (P, 2), counts (P,), interactions (P, D), and mean
+    values of all features (F,). Raises UserError if there are none."""
+    pairs, by_fold, mean = count_pairs(model, held_out_batches(cfg, data, "test", cfg.eval_tokens))
+    counts = by_fold.sum(1)
+    often = (counts >= 30) & (by_fold.amin(1) > 0) & (counts - by_fold.amax(1) >= 12)
+    if not often.any():
         raise UserError("no pair of features meets in 30 tokens of the test text: raise --eval-tokens")
+    pairs, counts = pairs[often], counts[often]
     q = torch.cat([pair_interaction(model.nfm, some, mean) for some in pairs.split(4096)])
     order = q.norm(dim=1).argsort(descending=True)
     return pairs[order], counts[order], q[order], mean
 
-def agreement(model, peer, pairs, mean):
-    """Do two training seeds rank pairs (P, 2), in falling order, alike? Of those whose features both have a
-    counterpart in the peer, each the other's nearest decoder row with a cosine of .7 or more: how many, the
-    rankings' Spearman r, and the share of the first tenth that is among the peer's first tenth."""
+@torch.no_grad()
+def pair_test(cfg, data, model, sae, *, most=50):
+    """The test of integration, for an arm with an interaction: the first `most` pairs of its ranking, a
+    feature in no more than one of them (else they are not independent), against 20 controls each, alike in
+    count and mean values but ranked below. In what `sae` leaves, "whole", and "along" the interaction's
+    direction (p there is too small: the NFM has learned this direction from what TopK left behind), partial
+    R²: medians, permutation p, and how many pass, that is, exceed 0 and all of their controls: by chance, one
+    in 21."""
+    pairs, counts, q, mean = ranked_pairs(cfg, data, model)
+    first, seen = [], set()
+    for row, pair in enumerate(pairs[:len(pairs) // 2].tolist()):
+        if not seen & {*pair} and len(first) < most:
+            first.append(row)
+            seen |= {*pair}
+    if not first:
+        raise UserError("only one pair of features meets in 30 tokens of test text: raise --eval-tokens")
+    rest = list(range(first[-1] + 1, len(pairs)))
+    rows = torch.tensor(first + rest, device=pairs.device)
+    covariates = torch.cat([counts[rows, None].log(), mean[pairs[rows]].sort(1).values.log()], 1)
+    controls = matched_controls(covariates.cpu().numpy(), len(first))
+    tested = rows[[*range(len(first)), *controls.flat]]
+    r2 = pair_r2(model, sae, held_out_batches(cfg, data, "test", cfg.eval_tokens), pairs[tested],
+                 torch.nn.functional.normalize(q[tested], dim=1))
+    result = dict(pairs=len(pairs), tested=len(first), controls=controls.shape[1])
+    for part, each in zip(("whole", "along"), r2, strict=True):
+        own, others = np.split(each, [len(first)])
+        others = others.reshape(controls.shape)
+        passed = own > np.maximum(0, others.max(1))
+        result[part] = dict(r2=float(np.median(own)), r2_controls=float(np.median(others)),
+                            p=rank_test(own, others, seed=cfg.seed), passed=int(passed.sum()))
+        result.setdefault("passed", pairs[first][passed].tolist())          # of "whole"
+    return result
+
+@torch.no_grad()
+def agreement(cfg, data, model, peer):
+    """Do two training seeds rank pairs alike? Of ranked_pairs whose features both have a counterpart in the
+    peer, each the other's nearest decoder row with a cosine of .7 or more: how many, and Spearman's r of
+    their interactions over the product of their mean values, with which any NFM's would grow."""
     from scipy.stats import spearmanr
-    ours, theirs = (torch.nn.functional.normalize(m.sae.W_dec, dim=1) for m in (model, peer))
+    (pairs, _, _, mean), ours, theirs = ranked_pairs(cfg, data, model), model.sae.W_dec, peer.sae.W_dec
     def nearest(A, B):
-        return map(torch.cat, zip(*((rows @ B.T).max(1) for rows in A.split(1024)), strict=True))
+        B = torch.nn.functional.normalize(B, dim=1).T
+        found = ((torch.nn.functional.normalize(rows, dim=1) @ B).max(1) for rows in A.split(1024))
+        return map(torch.cat, zip(*found, strict=True))
     (cosine, there), (_, back) = nearest(ours, theirs), nearest(theirs, ours)
     same = (back[there] == torch.arange(len(there), device=there.device)) & (cosine >= 0.7)
     pairs = pairs[same[pairs].all(1)]
     mean_there = torch.zeros_like(mean).index_copy(0, there[same], mean[same])
-    own, other = (pair_interaction(*of).norm(dim=1) for of in (
+    own, other = (pair_interaction(*of).norm(dim=1) / mean[pairs].prod(1) for of in (
         (model.nfm, pairs, mean), (peer.nfm, there[pairs], mean_there)))
-    tenth = max(1, len(pairs) // 10)
-    in_first = (other[:tenth] >= other.sort(descending=True).values[tenth - 1]).double().mean().item()
-    return dict(shared=len(pairs), r=float(spearmanr(own.cpu(), other.cpu()).statistic), first_tenth=in_first)
+    r = spearmanr(own.cpu(), other.cpu()).statistic if len(pairs) > 2 else math.nan
+    return dict(shared=len(pairs), r=None if r != r else float(r))
 
-@torch.no_grad()
+def load_peer(cfg, model, path):
+    """The arm of another training seed. UserError for one that differs in more than that, or not in that."""
+    peer = load_arm(path).to(cfg.device)
+    ours, theirs = (each.config["run"] | dict(D=each.config["D"], seed=None) for each in (model, peer))
+    if ours != theirs or peer.config["run"]["seed"] == cfg.seed:
+        raise UserError(f"--peer: {path} must differ from this run in its seed, and in nothing else")
+    return peer
+
 def measure_pairs(cfg):
     """Stage `pairs`: does the product of two features predict what `sae` leaves? The test of integration."""
     names = [name for name in ("joint", "joint-interaction") if (cfg.run / f"{name}.safetensors").exists()]
     data, models = open_arms(cfg, only=("sae", *names))
-    sae, arms, about = models.pop("sae"), {}, []
-    for name, model in models.items():
-        pairs, counts, q, mean = ranked_pairs(cfg, data, model)
-        if not (top := min(50, len(pairs) // 2)):
-            raise UserError("only one pair of features meets in 30 tokens of test text: raise --eval-tokens")
-        covariates = torch.cat([counts[:, None].log(), mean[pairs].sort(1).values.log()], 1)
-        controls = matched_controls(covariates.cpu().numpy(), top)
-        tested = [*range(top), *controls.flat]
-        r2 = pair_r2(model, sae, held_out_batches(cfg, data, "test", cfg.eval_tokens), pairs[tested],
-                     torch.nn.functional.normalize(q[tested], dim=1))
-        arms[name], passed = {}, {}
-        for part, each in zip(("along", "whole"), r2, strict=True):
-            own, others = each[:top], each[top:].reshape(controls.shape)
-            passed[part] = pairs[:top][own > np.maximum(0, others.max(1))].tolist()
-            arms[name][part] = dict(
-                r2=np.median(own).item(), r2_controls=np.median(others).item(), passed=len(passed[part]),
-                p=rank_test(own, others, seed=cfg.seed))
-        arms[name] |= dict(pairs=len(pairs), passed=passed["along"])
-        for peer in cfg.peer or ():
-            arms[name][f"peer {peer}"] = agreement(
-                model, load_arm(pathlib.Path(peer) / f"{name}.safetensors").to(cfg.device), pairs, mean)
-        about.append(
-            f"{name}: {top} of {len(pairs):,} pairs that meet in 30 tokens or more, {controls.size} alike in "
-            f"count and values; {top / (1 + controls.shape[1]):.1f} would pass, exceed all theirs, by chance")
+    peers = {(name, peer): load_peer(cfg, models[name], pathlib.Path(peer) / f"{name}.safetensors")
+             for name in names for peer in cfg.peer or ()}
+    sae, about = models.pop("sae"), []
+    arms = {name: pair_test(cfg, data, model, sae) for name, model in models.items()}
+    for name, arm in arms.items():
+        chance = arm["tested"] / (1 + arm["controls"])
+        about.append(f"{name}: {arm['tested']} of {arm['pairs']:,} pairs that meet in 30 tokens or more, "
+                     f"with {arm['controls']} controls each; {chance:.1f} would pass by chance")
+    for (name, peer), other in peers.items():
+        agreed = agreement(cfg, data, models[name], other)
+        arms[name].setdefault("agreement", {})[f"seed {other.config['run']['seed']}"] = agreed
+        about.append(f"{name} of {peer}: {agreed['shared']:,} of the pairs are there too; Spearman's r of "
+                     f"the two rankings: {show(agreed['r'], 'share/r')}")
     return dict(arms=arms, about=about)
 
 
@@ -2020,8 +2061,10 @@ def make_probes(cfg, data, model):
             effect = row + (nfm.W_lin[feature] if nfm.has_linear else 0)
         probes[f"feature {asked}"] = [feature], secondary, effect
     if not cfg.asked:
-        tested = cfg.run / "results" / "pairs.json"
-        passed = lookup(read_json(tested), f"arms/{cfg.arm}/passed") if tested.exists() else None
+        path, arm = cfg.run / "results" / "pairs.json", f"{cfg.arm}.safetensors"
+        tested = read_json(path) if path.exists() else {}
+        fresh = lookup(tested, f"made_from/{arm}") == (cfg.run / arm).stat().st_mtime_ns
+        passed = lookup(tested, f"arms/{cfg.arm}/passed") if fresh else None
         pairs, _, q, _ = ranked_pairs(cfg, data, model)
         chosen = [at for at, pair in enumerate(pairs.tolist()) if not passed or pair in passed]
         for (a, b), effect in zip(pairs[chosen[:cfg.pairs]].tolist(), q[chosen[:cfg.pairs]], strict=True):
@@ -2138,14 +2181,15 @@ def judge_arms(cfg, data, models):
         fires = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices, (values > 0).float())
         conjunction = ((both.T @ fires > 0.5 * both.sum(0)[:, None])
                        & (one.T @ fires < 0.1 * one.sum(0)[:, None])).any(1)
-        bases = {"over sae": "sae@2x" if size == "2x" else "sae", "over sae@matched": "sae@matched"}
+        bases = {"over sae": "sae", "over sae@matched": "sae@matched"}
+        bases = {"over sae": "sae@2x"} if size == "2x" else bases
         found[name] = entry = dict(
             mse=mse[name], matched=(cosine[rows, features] >= 0.9).double().mean().item(),
             conjunctions=int(conjunction[:P].sum()), decoy_conjunctions=int(conjunction[P:].sum()),
             gain={label: 1 - mse[name] / mse[base]
                   for label, base in bases.items() if base in mse and base != name})
         if model.nfm:
-            mean = count_pairs(model, [(x, None)])[2]
+            mean = count_pairs(model, [(x, torch.zeros_like(ids).flatten())])[2]
             q = pair_interaction(model.nfm, matched[world.pairs], mean) * std
             planted, decoy = q.norm(dim=1).cpu().double().numpy().reshape(2, P)
             entry |= dict(
@@ -2202,7 +2246,8 @@ def measure_synth(cfg):
             arms[name][kind] = spread([each[name] for each in judged])
     gained = {kind: show(arm["gain"]["over sae"]) for kind, arm in arms["joint-interaction"].items()}
     return dict(arms=arms, about=[
-        f"{cfg.world_worlds} worlds, {cfg.world_seeds} training seeds in each: medians [lowest, highest]",
+        f"{cfg.world_worlds} worlds, {cfg.world_seeds} training seeds in each: medians [lowest, highest]; "
+        "the causes: in the first world",
         f"Why does joint-interaction gain {gained['null']} where nothing interacts? With 4 times the "
         f"dimensions and twice the k, so",
         f"that sae leaves neither crosstalk between directions nor features beyond the k-th, it gains "
@@ -2293,7 +2338,7 @@ def weight_figures(arms):
 def world_figure(arms):
     """The figure of synth's results, as in figures_of."""
     arm = arms["joint-interaction"]
-    names = [name for name in arms if "over sae" in arms[name]["null"]["gain"]]
+    names = [name for name in arms if name.startswith("joint")]
     strengths = [("plot", label, np.sort(arm[kind]["strengths"][pairs])[::-1]) for label, kind, pairs in (
         ("planted", "planted", "planted"), ("decoys", "planted", "decoy"), ("null world", "null", "planted"))]
     gained = {kind: np.transpose([arms[name][kind]["gain"]["over sae"] for name in names])
@@ -2371,22 +2416,26 @@ def read_results(runs):
             raise UserError(f"{run} holds no results of this version: run the stage `recon` first")
         for stage in found[0].keys() & found[-1].keys():
             first, this = (each[stage]["config"] for each in (found[0], found[-1]))
-            read = (name for name, (_, readers, _) in FLAGS.items() if stage in readers.split())
+            behind = {stage} if stage == "synth" else {stage, "lm", "train"}
+            read = (name for name, (_, readers, _) in FLAGS.items() if behind & set(readers.split()))
             if differ := [name for name in read if this[name] != first[name]]:
                 raise UserError(f"{run} and {runs[0]} differ in more than the seed: {stage}, {differ[0]}")
+    seeds = [next(iter(results.values()))["config"]["seed"] for results in found]
+    if len({*seeds}) < len(seeds):
+        raise UserError(f"these runs are to differ in their seeds, which are {', '.join(map(str, seeds))}")
     return found
 
 def across(found, stage, where):
-    """A figure in the results of several runs: (value, text). Of one run, as it is; of more, [mean, lowest,
-    highest] and mean ± standard deviation."""
+    """A figure in the results of several runs: (value, text). Of one run, as it is; of more, its [mean,
+    lowest, highest], ends of intervals included, and as text mean ± standard deviation."""
     values = [lookup(results, f"{stage}/arms/{where}") for results in found]
     if None in values:
         return None, "-"
     if len(values) == 1 or isinstance(values[0], str):
         return values[0], show(values[0], where)
-    own = [np.atleast_1d(value)[0] for value in values]
-    mean, std = np.mean(own), np.std(own, ddof=1)
-    return [mean, min(own), max(own)], f"{show(mean, where)} ± {show(std, where)}"
+    own, low, high = np.transpose([np.broadcast_to(value, 3) for value in values])
+    return ([own.mean(), low.min(), high.max()],
+            f"{show(own.mean(), where)} ± {show(own.std(ddof=1), where)}")
 
 def run_report(cfg):
     """Stage `report`: every claim beside its control, and figures, in report.md; verdicts on the console."""
