@@ -14,7 +14,7 @@ Sections, in dependency order; nothing needs a name that stands below it: core m
 decoding, the interaction); modules (TopKSAE, NFM, DualEncoder, the arms, the exact fold); files; presets and
 runs; language model (capture, splice); text; activation stream; evaluation (errors by path, gains with
 intervals); training (one loop); claims (the paper's, as data); a section for each stage that measures:
-reconstruction, kl, structure, secondary, anova, inspect; plan; report; command line.
+reconstruction, kl, structure, secondary, anova, pairs, inspect, ground truth; plan; report; command line.
 
 Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
 features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
