@@ -369,7 +369,7 @@ WORLD = {   # constants of the worlds of `synth` and of the arms trained in them
     "alone": (0.04, "probability that a feature is active by itself"),
     "together": (0.015, "probability that the two of a pair are, besides"),
     "k": (8, "features kept per token, all of which the NFM reads"), "embedding": (48, "K"),
-    "steps": (2000, "training steps"), "batch": (512, "tokens in a batch"),
+    "steps": (1600, "training steps"), "batch": (512, "tokens in a batch"),
     "lr": ([5e-3], "learning rates; each arm keeps its best on validation"),
     "tests": (20_000, "tokens to test on"), "seeds": (3, "training seeds"), "worlds": (2, "how many worlds")}
 
@@ -2241,6 +2241,8 @@ def measure_synth(cfg):
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count()), work_alone) as pool:
         for kind, judged in tqdm(pool.imap(in_world, jobs), desc="worlds", total=len(jobs), disable=None):
             found[kind].append(judged)
+        pool.close()                                      # let the processes end by themselves
+        pool.join()
     for kind, judged in found.items():
         for name in judged[0]:
             arms[name][kind] = spread([each[name] for each in judged])
