@@ -373,7 +373,7 @@ WORLD = {   # constants of the worlds of `synth` and of the arms trained in them
     "alone": (0.04, "probability that a feature is active by itself"),
     "together": (0.015, "probability that the two of a pair are, besides"),
     "k": (8, "features kept per token, all of which the NFM reads"), "embedding": (48, "K"),
-    "steps": (1600, "training steps"), "batch": (512, "tokens in a batch"),
+    "steps": (2000, "training steps"), "batch": (512, "tokens in a batch"),
     "lr": ([5e-3], "learning rates; each arm keeps its best on validation"),
     "tests": (20_000, "tokens to test on"), "seeds": (3, "training seeds"), "worlds": (2, "how many worlds")}
 
