@@ -1195,6 +1195,7 @@ def show(value, where=""):
     if value is None or value != value or isinstance(value, str):
         return value if isinstance(value, str) else "-"
     spec = next((spec for pattern, spec in FORMATS if re.search(pattern, where)), "%")
+    spec = ",.1f" if spec == "," and np.mod(value, 1).any() else spec       # the mean of counts
     own, *ends = [f"{100 * v:.1f}" if spec == "%" else format(v, spec) for v in np.atleast_1d(value).tolist()]
     return own + (" %" if spec == "%" else "") + (f" [{', '.join(ends)}]" if ends else "")
 

@@ -2848,6 +2848,7 @@ def test_figures_as_text():
     assert d.show(None) == "-" and d.show(0.1234) == "12.3 %" and d.show(12345, "sae/params") == "12,345"
     assert d.show([0.123, 0.11, 0.136], "joint/gain/full/over sae") == "12.3 % [11.0, 13.6]"
     assert d.show([1.5, 1.25, 2], "sae/full/over_random") == "1.500 [1.250, 2.000]"
+    assert d.show(1234.5, "joint/components_90") == "1,234.5" and d.show(2, "modes") == "2"
     for where, text in (
         ("words/p_ab", "0.12"), ("joint/full/p/over sae/paired", "0.12"), ("kl/F_ab", "0.123"),
         ("sae/explained/fvu", "12.3 %"), ("fvu", "0.1230"), ("mse_replaced", "0.1230"), ("kl", "0.1230"),
