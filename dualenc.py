@@ -2166,9 +2166,10 @@ def train_in_world(cfg, constants, number, seed, names):
 def judge_arms(cfg, data, models):
     """What train_in_world gives, held against the truth: {arm: results}. matched: share of the true features
     with a decoder row, one each, of cosine .9 or more; conjunctions: planted pairs for which a feature fires
-    in more than half of the tokens with both, and in less than a tenth of those with one; gain over `sae` of
-    its F, and over sae@matched. Of a pair's learned interaction: its strength, in raw units; auroc of planted
-    against decoys; above_decoys, planted above 95 % of decoys; cosine with c_ij, the median."""
+    in more than half of the tokens with both, and in less than a tenth of those with one; gain over `sae`
+    (sae@2x for arms of that size) and over sae@matched. Of a pair's learned interaction: its strength, in raw
+    units; auroc of planted against decoys; above_decoys, planted above 95 % of decoys; cosine with c_ij, the
+    median."""
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import mannwhitneyu
     world, std, P = data.lm, data.standardiser.std, len(data.lm.c)
@@ -2178,7 +2179,6 @@ def judge_arms(cfg, data, models):
     both, one = active.all(2).float(), active.sum(2).eq(1).float()          # (B, 2·planted)
     mse = {name: (sum(model(x).values()) - x).square().mean().item() for name, model in models.items()}
     for name, model in models.items():
-        arm, at, size = name.partition("@")
         cosine = torch.nn.functional.normalize(model.sae.W_dec * std, dim=1) @ world.d.T
         rows, features = linear_sum_assignment(-cosine.cpu())
         matched = torch.as_tensor(rows[features.argsort()], device=x.device)                   # (G,)
@@ -2187,7 +2187,7 @@ def judge_arms(cfg, data, models):
         conjunction = ((both.T @ fires > 0.5 * both.sum(0)[:, None])
                        & (one.T @ fires < 0.1 * one.sum(0)[:, None])).any(1)
         bases = {"over sae": "sae", "over sae@matched": "sae@matched"}
-        bases = {"over sae": "sae@2x"} if size == "2x" else bases
+        bases = {"over sae": "sae@2x"} if name.endswith("@2x") else bases
         found[name] = entry = dict(
             mse=mse[name], matched=(cosine[rows, features] >= 0.9).double().mean().item(),
             conjunctions=int(conjunction[:P].sum()), decoy_conjunctions=int(conjunction[P:].sum()),
@@ -2206,10 +2206,9 @@ def judge_arms(cfg, data, models):
     return found
 
 def in_world(job):
-    """What judge_arms finds of arms that train_in_world trains: job (label, its arguments) -> (label,
-    found)."""
+    """(label, what judge_arms finds) for a job (label, *arguments of train_in_world), silently."""
     label, *arguments = job
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):   # of many such jobs
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
         return label, judge_arms(*train_in_world(*arguments))
 
 def work_alone():
@@ -2228,8 +2227,7 @@ def spread(entries):
     return {key: join([entry[key] for entry in entries]) for key in entries[0]}
 
 def measure_synth(cfg):
-    """Stage `synth`: worlds whose answer is known: does an arm find it, and what does it gain from
-    nothing?"""
+    """Stage `synth`: worlds whose answer is known: is it found, and what is gained from nothing?"""
     claim_run(cfg)
     bare = types.SimpleNamespace(**vars(cfg) | dict(lock=None))             # what can be sent to a process
     constants, null = {name: cfg.fields[f"world_{name}"] for name in WORLD}, dict(gamma=0.0)
