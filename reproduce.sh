@@ -33,14 +33,14 @@ once=9; case $preset in paper|author) once=1 ;; esac                     # arms 
 # What each stage costs, on two cores without a GPU; `plan` tells of the memory that the other presets take.
 stage plan                      # seconds           what the run needs
 stage lm                        # tiny: 3 minutes   the other presets bring their language model along
-stage train --at-once "$once"   # tiny: 8 minutes   every arm at every learning rate, one stream of activations
+stage train --at-once "$once"   # tiny: 6 minutes   every arm at every learning rate, one stream of activations
 [ -z "${SIZES:-}" ] || stage train {sae,joint}@{0.25x,0.5x,2x} --at-once "$once"    # 6 minutes more
 stage recon                     # seconds           claims 1 to 4, each beside its controls
 stage kl                        # half a minute     claims 5 to 7
 stage gram                      # seconds           claims 8 to 10, 13
-stage secondary                 # 1.5 minutes       claim 12
+stage secondary                 # a minute          claim 12
 stage anova                     # a minute          claim 11
 stage pairs $peer               # half a minute     the pair test of integration, which needs no gain
 stage inspect                   # seconds           the pairs that pass it, in their contexts
-stage synth                     # 4.5 minutes       worlds whose answer is known: what a gain proves
+stage synth                     # 4 minutes         worlds whose answer is known: what a gain proves
 stage report                    # seconds           all of it, with figures: runs/PRESET/report.md
