@@ -34,7 +34,7 @@ once=9; case $preset in paper|author) once=1 ;; esac                     # arms 
 stage plan                      # seconds           what the run needs
 stage lm                        # tiny: 3 minutes   the other presets bring their language model along
 stage train --at-once "$once"   # tiny: 6 minutes   every arm at every learning rate, one stream of activations
-[ -z "${SIZES:-}" ] || stage train {sae,joint}@{0.25x,0.5x,2x} --at-once "$once"    # 6 minutes more
+[ -z "${SIZES:-}" ] || stage train {sae,joint}@{0.25x,0.5x,2x} --at-once "$once"
 stage recon                     # seconds           claims 1 to 4, each beside its controls
 stage kl                        # half a minute     claims 5 to 7
 stage gram                      # seconds           claims 8 to 10, 13
