@@ -22,8 +22,10 @@ activations, values and indices (B, k) the sparse code: kept feature values (>= 
 What is known not to work stands in the README under "Limits".
 """
 import argparse
+import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import fcntl
 import functools
 import glob
@@ -43,6 +45,7 @@ import sys
 import time
 import timeit
 import types
+import warnings
 import zlib
 
 import numpy as np
@@ -53,48 +56,81 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------ core maths
-# A token's code is k values and k feature ids; the dense (B, F) code is never built: all below is a weighted
-# sum of rows of a matrix, or its transpose, and past the encoder a token costs O(k·width). The factorization
+# A token's code is k values and k feature ids. On a CPU the dense (B, F) code is never built: all is a sum of
+# weighted rows of a matrix, or its transpose, and past the encoder a token costs O(k·width). A factorization
 # machine (Rendle, 2010) sums over pairs of active features without visiting them: f = (1, 2, 3) with scalar
-# V = (1, 1, 2) has Σ f V = 9 and Σ (f V)² = 1 + 4 + 36 = 41, so z = (81 - 41) / 2 = 20 = 1·2 + 1·6 + 2·6, the
-# three products of pairs. A lone feature has no partner: z = 0.
+# V = (1, 1, 2) has Σ f V = 9 and Σ (f V)² = 1 + 4 + 36 = 41, so z = (81 - 41) / 2 = 20 = 1·2 + 1·6
+# + 2·6, the three products of pairs. A lone feature has no partner: z = 0.
+
+thread_pool = functools.cache(concurrent.futures.ThreadPoolExecutor)
+
+def prefers_dense(W):
+    """Whether products with W (F, width) go through dense (B, F) codes. On a GPU: to gather 1024 of 50,000
+    rows for each of 3,200 tokens an RTX 3090 reads 42 GB, by its data sheet three times as long as the dense
+    bf16 product takes. In half precision: a CPU has no other."""
+    return not W.is_cpu or torch.is_autocast_enabled("cpu") or W.dtype in (torch.float16, torch.bfloat16)
+
+def group_by_feature(indices, F):
+    """Entries of a code by feature: indices (B, k) -> (order (B·k,), starts (F + 1,)); those of feature i are
+    order[starts[i]:starts[i + 1]], as places in the flattened code."""
+    flat = indices.reshape(-1)
+    if flat.is_cpu and F <= 2 ** 16:                      # a radix sort: 1.6 to 12 times as fast
+        order = torch.from_numpy(flat.numpy().astype("uint16").argsort(kind="stable"))
+    else:
+        order = flat.argsort(stable=True)
+    return order, torch.nn.functional.pad(torch.bincount(flat, minlength=F).cumsum(0), (1, 0))
 
 def sparse_outer(values, indices, x, F):
     """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D)."""
-    flat = indices.reshape(-1)
-    # by_feature (B·k,): entries of the code, grouped by feature; the radix sort is 1.6 to 12 times as fast
-    if flat.is_cpu and F <= 2 ** 16:
-        by_feature = torch.from_numpy(flat.numpy().astype("uint16").argsort(kind="stable"))
-    else:
-        by_feature = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=F)
+    order, starts = group_by_feature(indices, F)
     return torch.nn.functional.embedding_bag(
-        by_feature // indices.shape[1], x, counts.cumsum(0) - counts, mode="sum",
-        per_sample_weights=values.reshape(-1)[by_feature])
+        order // indices.shape[1], x, starts[:-1], mode="sum",
+        per_sample_weights=values.reshape(-1)[order])
 
-class _DecoderGradient(torch.autograd.Function):
+def sparse_inner(indices, x, W):
+    """x Wᵀ at the entries of a code alone: indices (B, k), x (B, D), W (F, D) -> (B, k). Feature by feature,
+    so that a row of W is read once: five times as fast as token by token."""
+    order, starts = group_by_feature(indices, len(W))
+    with warnings.catch_warnings(action="ignore"):        # torch calls its CSR format a beta
+        pattern = torch.sparse_csr_tensor(starts, order // indices.shape[1], x.new_zeros(len(order)),
+                                          (len(W), len(x)), check_invariants=False)
+    products = torch.sparse.sampled_addmm(pattern, W, x.T, beta=0.0).values()
+    return torch.empty_like(products).index_copy_(0, order, products).view(indices.shape)
+
+class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out, values, indices, W):
-        ctx.save_for_backward(values, indices)
-        ctx.F = len(W)
-        return out.view_as(out)
+    def forward(ctx, values, indices, W):
+        ctx.save_for_backward(values, indices, W)
+        return torch.nn.functional.embedding_bag(indices, W, mode="sum", per_sample_weights=values)
 
     @staticmethod
     def backward(ctx, grad):
-        values, indices = ctx.saved_tensors
-        return grad, None, None, sparse_outer(values, indices, grad.contiguous(), ctx.F)
+        (values, indices, W), grad, needs = ctx.saved_tensors, grad.contiguous(), ctx.needs_input_grad
+        return (sparse_inner(indices, grad, W) if needs[0] else None, None,
+                sparse_outer(values, indices, grad, len(W)) if needs[2] else None)
 
 def sparse_decode(values, indices, W):
-    """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width), the dense code
-    times W at O(k·width) a token. Differentiable (once) in values and W."""
-    values, indices = values.contiguous(), indices.contiguous()
-    out = torch.nn.functional.embedding_bag(indices, W.detach(), mode="sum", per_sample_weights=values)
-    return _DecoderGradient.apply(out, values.detach(), indices, W)   # torch's own gradient of W is slow
+    """Σ_j values[:, j] W[indices[:, j]]: values, indices (B, k), W (F, width) -> (B, width), the code times W
+    at O(k·width) a token. Differentiable (on a CPU once) in values and W."""
+    if prefers_dense(W):
+        return values.new_zeros(len(values), len(W)).scatter_add(1, indices, values) @ W
+    return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
+
+def top_k(rows, k):
+    """The k largest of each row, descending: rows (B, F) -> values, indices (B, k). By numpy, whose selection
+    takes a third of the time of torch's."""
+    F, threads = rows.shape[1], torch.get_num_threads()
+    def select(some):
+        return some.argpartition(F - k, axis=1)[:, F - k:]
+    parts = thread_pool(threads).map(select, np.array_split(rows.numpy(), threads))   # in parallel
+    indices = torch.from_numpy(np.concatenate(list(parts)))
+    values, order = rows.gather(1, indices).sort(descending=True)
+    return values, indices.gather(1, order)
 
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, k):
-        values, indices = torch.addmm(b_enc, x, W_enc.T).topk(k)
+        values, indices = top_k(torch.addmm(b_enc, x, W_enc.T), k)
         values.clamp_(min=0)
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
@@ -111,9 +147,13 @@ class _TopKEncode(torch.autograd.Function):
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
     Values descend; a row with fewer than k positive pre-activations is padded with features of value 0.
-    Differentiable (once) in x, W_enc, b_enc, at kept features (Gao et al., 2024). ValueError for a bad k."""
+    Differentiable (on a CPU once) in x, W_enc, b_enc, at kept features (Gao et al., 2024). ValueError for a
+    bad k."""
     if not 1 <= k <= len(W_enc):
         raise ValueError(f"k must lie between 1 and F={len(W_enc)}, not {k}")
+    if prefers_dense(W_enc):
+        values, indices = torch.addmm(b_enc, x, W_enc.T).topk(k)
+        return values.relu(), indices
     return _TopKEncode.apply(x, W_enc, b_enc, k)
 
 def fm_interaction(values, indices, V):
@@ -382,7 +422,8 @@ PRESETS = {"paper": dict(
     model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1", layer=16,
     features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, window=50, batch=3200, decay=0.8,
     lr=[1e-4, 4e-4], tokens=5_000_000, chunk=10_000, chunk_epochs=1, eval_tokens=200_000, kl_tokens=20_000,
-    stimuli="formality-emotion,docs", param_dtype="float32", adam_eps=1e-8, keep_first=False, lm_steps=840,
+    stimuli="formality-emotion,docs", param_dtype="float32", autocast=False, adam_eps=1e-8, keep_first=False,
+    lm_steps=840,
     **{f"world_{name}": default for name, (default, _) in WORLD.items()})}
 PRESETS["author"] = PRESETS["paper"] | dict(              # what the published code ran: each chunk ten times
     window=128, batch=64, lr=[1e-4], decay=4000.0, chunk_epochs=10, param_dtype="float16", adam_eps=1e-5)
@@ -415,6 +456,7 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "kl_tokens": (int, "kl", "tokens of the test split to splice"),
     "stimuli": (str, "anova", "formality-emotion, docs, or FILE.json of the same form; several: A,B"),
     "param_dtype": (str, "plan train", "of the weights: float32, or float16 as in the published code"),
+    "autocast": (bool, "train", "matrix products in bfloat16: faster on a GPU, less exact"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
     "keep_first": (bool, READERS, "keep each window's first position, an attention sink"),
     "lm_steps": (int, "lm", "training steps of the tiny language model"),
@@ -479,11 +521,16 @@ def resolve(args):
     if fields["preset"] not in list(PRESETS):
         raise UserError(f"unknown preset {fields['preset']!r}: choose from {', '.join(PRESETS)}")
     fields = PRESETS[fields["preset"]] | fields
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))                # set by torchrun
+    if ranks > 1 and args.stage != "train":
+        raise UserError(f"torchrun is for the stage `train`, not for `{args.stage}`")
+    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     with blame(f"--device is cpu or cuda[:N], and {device!r} cannot be used"):
         torch.ones(1, dtype=torch.float64, device=device).item()   # errors are summed in float64
     cfg = types.SimpleNamespace(**vars(args) | fields | dict(
-        fields=fields, stored=stored, run=run, more=[*map(pathlib.Path, more)], device=device, lock=None))
+        fields=fields, stored=stored, run=run, more=[*map(pathlib.Path, more)], device=device, lock=None,
+        rank=rank, ranks=ranks))
     validate(cfg)
     return cfg
 
@@ -494,6 +541,8 @@ def fields_of(cfg, stage):
 
 def claim_run(cfg):
     """Keep other processes off the run (UserError if one is there); add the stage's fields to config.json."""
+    if cfg.rank:                                          # rank 0 has done it
+        return
     cfg.run.mkdir(parents=True, exist_ok=True)
     cfg.lock = open(cfg.run / ".lock", "w")
     try:
@@ -602,7 +651,6 @@ def docstring_corpus():
     """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator."""
     import ast
     import importlib.util
-    import warnings
     files, seen = [], set()
     for package in ("numpy", "scipy", "torch"):
         files += sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
@@ -918,25 +966,55 @@ def evaluate(models, batches, *, std):
 # same tokens. Each arm is then represented by its best rate on validation documents: at one fixed rate, a
 # comparison of arms is mostly a comparison of step sizes.
 
+def keep_freed_memory():
+    """Have glibc, where that is the C library, keep freed memory for what comes next. Else a step's gradients
+    lie in new pages each time, and at the paper's size touching those takes longer than all of the step."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)                               # M_MMAP_MAX: nothing is mapped by itself
+        libc.mallopt(-1, -1)                              # M_TRIM_THRESHOLD: nothing is given back
+
 def make_optimizer(model, *, lr, eps=1e-8):
-    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
+    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass. The process keeps freed memory."""
+    keep_freed_memory()
     return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr, eps=eps, fused=True)
 
 def learning_rate(lr, step, steps, decay=0.8):
     """Falls linearly from lr to lr / 10 over the first `decay` of all steps (above 1: that many steps)."""
     return lr * (1 - 0.9 * min(1.0, step / (decay * steps if decay <= 1 else decay)))
 
-def training_step(model, optimizer, x, *, generator=None, counts=None):
-    """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that loss. Raises
-    FloatingPointError, before any weight has changed, if loss or gradient is not finite."""
-    loss = (sum(model(x, generator, counts).values()) - x).square().mean()
-    loss.backward()
+def sum_over_ranks(tensors):
+    """Add up tensors over the processes that torchrun started, in place. UserError if one of them died."""
+    with blame("another process of this training died, and all stop; the last checkpoint is kept"):
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=False):
+    """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that loss. autocast: its
+    matrix products in bfloat16. Where torch.distributed runs, every process takes its share of the rows of x.
+    Raises FloatingPointError, before any weight has changed, if loss or gradient is not finite."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if not (torch.nn.utils.clip_grad_norm_(weights, 1.0) + loss.detach()).isfinite():
+    shared, size = torch.distributed.is_initialized(), x.numel()
+    if shared:
+        x = x.tensor_split(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+    kept = counts if not shared or counts is None else torch.zeros_like(counts)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        parts = model(x, generator, kept)
+    loss = (sum(parts.values()) - x).square().mean() * (x.numel() / size)
+    loss.backward()
+    loss = loss.detach()
+    if shared:
+        sum_over_ranks([loss, *(p.grad for p in weights), *([] if kept is None else [kept])])
+        if kept is not None:
+            counts += kept
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+    if not (norm + loss).isfinite():
         raise FloatingPointError("loss or gradient is not finite")
+    if norm > 1:
+        torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
     optimizer.step()
     optimizer.zero_grad()                                 # no candidate's gradients outlive its step
-    return loss.detach()
+    return loss
 
 def sizes_of(cfg, D):
     """make_arm's sizes, from a configuration."""
@@ -1022,13 +1100,15 @@ def train_pass(cfg, data, arms):
             load_checkpoint(path, candidates, fields)
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
     log, ages = cfg.run / "train.jsonl", {c.arm: c.step for c in everyone}
-    old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
-    with replacing(log) as temporary:                     # what came after a checkpoint is logged again
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
+    if not cfg.rank:                                      # what came after a checkpoint is logged again
+        old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
+        with replacing(log) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
     start, saved, every = min(ages.values()), time.monotonic(), max(1, min(steps // 50, 500))
     batches = activation_batches(data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan,
                                  epochs=cfg.chunk_epochs, seed=cfg.seed, skip=data.skip, start=start)
-    for step, epoch, x in tqdm(batches, desc="train", unit="step", total=steps, initial=start, disable=None):
+    for step, epoch, x in tqdm(batches, desc="train", unit="step", total=steps, initial=start,
+                               disable=cfg.rank > 0 or None):
         counting = step >= steps - max(1, min(math.ceil(1e6 / cfg.batch), steps // 2))   # for dead features
         x = x.to(getattr(torch, cfg.param_dtype))
         for c in everyone:
@@ -1036,16 +1116,17 @@ def train_pass(cfg, data, arms):
                 continue
             for group in c.optimizer.param_groups:
                 group["lr"] = learning_rate(c.lr, step, steps, cfg.decay)
-            mask_seed = zlib.crc32(f"{cfg.seed}/{c.arm}/{step}".encode())   # no other arm changes it
+            drawn_from = f"{cfg.seed}/{c.arm}/{step}" + f"/{cfg.rank}" * (cfg.rank > 0)
+            mask_seed = zlib.crc32(drawn_from.encode())   # no other arm changes it
             try:
                 c.losses.append(training_step(
-                    c.model, c.optimizer, x, counts=c.counts if counting else None,
+                    c.model, c.optimizer, x, autocast=cfg.autocast, counts=c.counts if counting else None,
                     generator=torch.Generator(x.device).manual_seed(mask_seed)))
             except FloatingPointError as error:
                 raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
                                 f"checkpoint is kept); lower --lr in another --run") from error
             c.counted, c.step = c.counted + len(x) * counting, step + 1
-        if (step + 1) % every and step + 1 < steps:
+        if cfg.rank or ((step + 1) % every and step + 1 < steps):
             continue
         lines = [json.dumps(log_entry(c, epoch, x)) + "\n" for c in everyone if c.losses]
         with blame(f"cannot write {log}"), open(log, "a") as file:
@@ -1055,6 +1136,8 @@ def train_pass(cfg, data, arms):
                 save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
             saved = time.monotonic()
 
+    if cfg.rank:                                          # rank 0 writes
+        return
     validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
     models = {(c.arm, c.lr): c.model.float().eval() for c in everyone}
     validated = evaluate(models, validation, std=data.standardiser.std)
@@ -1068,8 +1151,14 @@ def train_pass(cfg, data, arms):
         (cfg.run / f"{name}.ckpt").unlink(missing_ok=True)
         print(f"train: {name}: validation mse", *(f"{mse:.4f} at lr {lr:g}" for lr, mse in errors.items()))
 
+def wait_for_all(cfg):
+    """Let all processes that torchrun started reach this point."""
+    if cfg.ranks > 1:
+        sum_over_ranks([torch.zeros(1, device=cfg.device)])
+
 def run_train(cfg):
-    """Stage `train`: train the arms named that are not there yet, --at-once of them in a pass."""
+    """Stage `train`: train the arms named that are not there yet, --at-once in a pass. With torchrun
+    each process takes its share of every batch, gradients are added up, and rank 0 writes."""
     meta_arms(cfg, cfg.arms, D=1)                         # a name that cannot be is refused before any work
     wanted = [name for name in dict.fromkeys(cfg.arms) if not (cfg.run / f"{name}.safetensors").exists()]
     if not wanted:
@@ -1078,13 +1167,20 @@ def run_train(cfg):
         return 2 if name.endswith(NULL) else 1 if name in CHILDREN else 0
     if any(map(kind, wanted)) and "sae" not in wanted and not (cfg.run / "sae.safetensors").exists():
         raise UserError(f"{', '.join(CHILDREN)} and null twins need a trained `sae`: train that first")
-    data = open_data(cfg)
+    if cfg.ranks > 1:
+        if 2 * cfg.ranks > cfg.batch:
+            raise UserError(f"--batch {cfg.batch} is too small for {cfg.ranks} processes")
+        torch.distributed.init_process_group("gloo" if cfg.device == "cpu" else "nccl")
+    data = open_data(cfg) if not cfg.rank else None       # first rank 0: it writes
+    wait_for_all(cfg)
+    data = data or open_data(cfg)
     for each in range(3):                                 # what is built on `sae` comes after it
         names = [name for name in wanted if kind(name) == each]
         source = null_twin(cfg, data) if names and each == 2 else data
         for at in range(0, len(names), cfg.at_once):
             train_pass(cfg, source, {name: [new_candidate(cfg, name, lr, data.D) for lr in cfg.lr]
                                      for name in names[at:at + cfg.at_once]})
+            wait_for_all(cfg)
 
 
 # ------------------------------------------------------------------------------------------ claims
@@ -2540,6 +2636,8 @@ def main(argv=None):
     finally:
         if cfg and cfg.lock:
             cfg.lock.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     print(f"dualenc: {message}", file=sys.stderr)
     return status
 

@@ -188,6 +188,59 @@ def test_sparse_decode_and_outer_against_dense_products(B, F, width, seed, data)
     torch.testing.assert_close(d.sparse_outer(values, indices, x, F), dense(values, indices, F).T @ x)
 
 
+@given(B=st.integers(1, 6), F=st.integers(1, 15), width=st.integers(1, 4), seed=seeds, data=st.data())
+def test_sparse_products_read_only_the_entries_of_the_code(B, F, width, seed, data):
+    _, indices = random_code(B, F, data.draw(st.integers(1, F)), seed)
+    W, x = normal(F, width, seed=seed), normal(B, width, seed=seed + 1)
+    torch.testing.assert_close(d.sparse_inner(indices, x, W), (x @ W.T).gather(1, indices))
+    order, starts = d.group_by_feature(indices, F)
+    for feature in range(F):
+        places = order[starts[feature] : starts[feature + 1]]
+        assert places.tolist() == (indices.flatten() == feature).nonzero().flatten().tolist()
+
+
+@given(B=st.integers(1, 7), F=st.integers(1, 40), seed=seeds, data=st.data())
+def test_top_k_is_torchs_and_takes_what_is_not_a_number_for_the_largest(B, F, seed, data):
+    rows, k = normal(B, F, seed=seed), data.draw(st.integers(1, F))
+    for ours, theirs in zip(d.top_k(rows, k), rows.topk(k), strict=True):
+        assert torch.equal(ours, theirs)
+    rows[-1, F // 2] = math.nan
+    assert d.top_k(rows, k)[0][-1].isnan().any()
+
+
+def test_the_dense_way_and_the_sparse_way_are_equal_in_value_and_gradient(monkeypatch):
+    x, weight = normal(9, 6, dtype=torch.float32), normal(9, 6, seed=5, dtype=torch.float32)
+    found = []
+    for way in (False, True):
+        monkeypatch.setattr(d, "prefers_dense", lambda W, way=way: way)
+        for name in ("joint", "sae-2dec"):
+            model, leaf = arm(name), x.clone().requires_grad_()
+            loss = (sum(model(leaf).values()) * weight).sum()
+            found.append([loss, *torch.autograd.grad(loss, [leaf, *model.parameters()])])
+    for sparse, dense_ in zip(found[0] + found[1], found[2] + found[3], strict=True):
+        torch.testing.assert_close(dense_, sparse)
+
+
+def test_half_precision_and_autocast_take_the_dense_way_and_stay_near_fp32():
+    W, x = normal(24, 6, dtype=torch.float32), normal(64, 6, dtype=torch.float32)
+    assert not d.prefers_dense(W) and d.prefers_dense(W.half()) and d.prefers_dense(W.bfloat16())
+    assert d.prefers_dense(torch.empty(2, 2, device="meta"))
+    losses = {}
+    for kind, dtype in (("fp32", None), ("half", torch.float16), ("autocast", None)):
+        model = arm("joint").to(dtype)
+        optimizer = d.make_optimizer(model, lr=3e-3, eps=1e-4 if dtype else 1e-8)
+        rows = x.to(dtype) if dtype else x
+        losses[kind] = [
+            d.training_step(model, optimizer, rows, autocast=kind == "autocast").item() for _ in range(40)
+        ]
+        assert all(p.dtype == (dtype or torch.float32) for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert d.prefers_dense(W) and arm("sae").sae.encode(x)[0].dtype == torch.bfloat16
+    for kind in ("half", "autocast"):
+        assert losses[kind] != losses["fp32"]
+        assert abs(losses[kind][-1] - losses["fp32"][-1]) < 0.05 * losses["fp32"][0]
+
+
 # ---- modules
 
 SIZES = dict(D=6, F=24, k=5, n=3, K=4)
@@ -380,7 +433,7 @@ def test_dropout_scales_and_depends_on_its_generator_alone():
 LIFTED = ("topk_encode", "sparse_decode", "fm_interaction", "TopKSAE", "NFM", "DualEncoder")
 
 
-def test_core_functions_can_be_lifted_into_a_file_that_imports_only_torch(tmp_path):
+def test_the_core_maths_and_the_modules_can_be_lifted_into_a_file_of_their_own(tmp_path):
     tree = {
         node.name: node
         for node in ast.parse(SOURCE.read_text()).body
@@ -392,10 +445,16 @@ def test_core_functions_can_be_lifted_into_a_file_that_imports_only_torch(tmp_pa
         if name not in wanted:
             wanted.append(name)
             todo += [n.id for n in ast.walk(tree[name]) if isinstance(n, ast.Name) and n.id in tree]
-    assert set(wanted) - set(LIFTED) <= {"sparse_outer", "_DecoderGradient", "_TopKEncode"}
-    source = "import torch\n\n" + "\n\n".join(
-        ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in tree if name in wanted
+    core, _, after = (
+        SOURCE.read_text().partition("# - core maths\n".replace("-", "-" * 90))[2].partition("# ---")
     )
+    assert after and all(
+        f"def {name}(" in core or f"class {name}(" in core for name in set(wanted) - set(LIFTED)
+    )
+    source = (
+        "import concurrent.futures, functools, itertools, warnings\nimport numpy as np\nimport torch\n" + core
+    )
+    source += "\n\n".join(ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in LIFTED[3:])
     (tmp_path / "lifted.py").write_text(
         source
         + """
@@ -1028,6 +1087,57 @@ def test_interrupted_runs_end_with_the_same_weights_also_from_different_steps(
         )
 
     assert log(run) == log(trained) and not list(run.glob("*.ckpt"))
+
+
+def torchrun(ranks, run, *flags):
+    """`train` by that many processes on this machine: a Popen, its output read as text."""
+    where = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--", SOURCE]
+    command = [sys.executable, *where, "train", "--run", run, "--device", "cpu", *flags]
+    return subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=run.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_train_what_one_trains_and_one_goes_on_after_them(model, text, tmp_path):
+    names = ["sae", "joint", "sequential", "joint~null"]
+    flags = [*names, "--model", model, "--text", text, "--layer", 1, *SMALL, "--lr", 0.003]
+    assert stage("train", tmp_path / "one", *flags) == 0
+    process = torchrun(2, tmp_path / "two", *flags)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    assert out.count("train: joint: validation mse") == 1  # rank 0 alone speaks and writes
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+    for name in names:
+        one, two = (d.load_arm(tmp_path / run / f"{name}.safetensors") for run in ("one", "two"))
+        for mine, theirs in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5)
+        assert one.config["dead"] == pytest.approx(two.config["dead"], abs=0.03)
+        assert one.config["dead_tokens"] == two.config["dead_tokens"]
+        assert one.config["validation_mse"] == pytest.approx(two.config["validation_mse"], rel=1e-3)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_a_dead_process_ends_the_training_of_all_and_one_goes_on_from_the_checkpoint(model, text, tmp_path):
+    flags = ["joint", "--model", model, "--text", text, "--layer", 1, *SMALL, "--tokens", 12000]
+    flags += ["--lr", 0.003, "--save-minutes", 0]
+    assert stage("train", tmp_path / "whole", *flags) == 0
+    run = tmp_path / "run"
+    process, checkpoint = torchrun(2, run, *flags), run / "joint.ckpt"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in out
+    assert checkpoint.exists() and not (run / "joint.safetensors").exists()
+    assert stage("train", run, *flags) == 0
+    one, two = (d.load_arm(of / "joint.safetensors") for of in (tmp_path / "whole", run))
+    torch.testing.assert_close(one.sae.W_dec, two.sae.W_dec, rtol=1e-2, atol=1e-4)
 
 
 def test_kill_nine_and_resume(trained, tmp_path):
