@@ -14,7 +14,8 @@ Sections, in dependency order; nothing needs a name that stands below it: core m
 decoding, the interaction); modules (TopKSAE, NFM, DualEncoder, the arms, the exact fold); files; presets and
 runs; language model (capture, splice); text; activation stream; evaluation (errors by path, gains with
 intervals); training (one loop); claims (the paper's, as data); a section for each stage that measures:
-reconstruction, kl, structure, secondary, anova, pairs, inspect, ground truth; plan; report; command line.
+reconstruction, kl, structure, secondary, anova, pairs, inspect, ground truth; export; plan; report; command
+line.
 
 Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
 features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
@@ -41,10 +42,13 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import timeit
 import types
+import urllib.parse
+import urllib.request
 import warnings
 import zlib
 
@@ -452,14 +456,14 @@ FLAGS = {   # field: (type, stages that read it, help); the flag is --field
     "tokens": (int, "plan train", "tokens to train on; a shorter text is read again (paper: 5,000,000)"),
     "chunk": (int, "plan train", "tokens whose activations are held at once (paper: 10,000)"),
     "chunk_epochs": (int, "plan train", "times that each chunk is trained on (published code: 10)"),
-    "eval_tokens": (int, "train recon gram secondary pairs inspect", "to test on; a quarter chooses lr"),
-    "kl_tokens": (int, "kl", "tokens of the test split to splice"),
+    "eval_tokens": (int, "plan train recon gram secondary pairs inspect", "to test on; a quarter chooses lr"),
+    "kl_tokens": (int, "plan kl", "tokens of the test split to splice"),
     "stimuli": (str, "anova", "formality-emotion, docs, or FILE.json of the same form; several: A,B"),
     "param_dtype": (str, "plan train", "of the weights: float32, or float16 as in the published code"),
-    "autocast": (bool, "train", "matrix products in bfloat16: faster on a GPU, less exact"),
+    "autocast": (bool, "plan train", "matrix products in bfloat16: faster on a GPU, less exact"),
     "adam_eps": (float, "train", "Adam's epsilon (published code: 1e-5)"),
     "keep_first": (bool, READERS, "keep each window's first position, an attention sink"),
-    "lm_steps": (int, "lm", "training steps of the tiny language model"),
+    "lm_steps": (int, "plan lm", "training steps of the tiny language model"),
 } | {f"world_{name}": (float if name == "lr" else type(default), "synth", text)
      for name, (default, text) in WORLD.items()}
 
@@ -619,6 +623,27 @@ def capture(lm, layer, tokens):
     except _Captured as stopped:
         return stopped.args[0]
 
+def work_offline_without_network(*names):
+    """Where a hub name is among the names and the hub out of reach, have its library use what it has stored,
+    instead of trying for a minute."""
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    hub = [name for name in names if "/" in name and not pathlib.Path(name).exists()]
+    if urllib.request.getproxies() or not hub:
+        return
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+def collapses_spaces(tokenizer):
+    """Whether a tokenizer's own sentencepiece model takes a run of spaces for one: transformers does not."""
+    file = str(getattr(tokenizer, "vocab_file", None))
+    if not file.endswith(".model"):
+        return False
+    import sentencepiece
+    model = sentencepiece.SentencePieceProcessor(model_file=file)
+    return model.encode("a  b") == model.encode("a b")
+
 def load_lm(path, *, device="cpu", layer=None):
     """A causal language model and its tokenizer, from hub or directory; fp32 on a CPU, as stored on a GPU.
     layer: keep only what `capture` at that layer runs, no later blocks and no head. Raises UserError."""
@@ -628,8 +653,10 @@ def load_lm(path, *, device="cpu", layer=None):
     transformers.logging.disable_progress_bar()
     if str(path).startswith((".", "/", "~")) and not pathlib.Path(path).is_dir():
         raise UserError(f"there is no directory {path} to load a language model from")
-    with blame(f"cannot load the language model {path}"):
+    offline = "; the hub cannot be reached: give --model a directory" * ("HF_HUB_OFFLINE" in os.environ)
+    with blame(f"cannot load the language model {path}{offline}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer.collapses_spaces = collapses_spaces(tokenizer)
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if device != "cpu" else torch.float32, output_loading_info=True)
         if missing := sorted(found["missing_keys"]):      # transformers would fill them with random numbers
@@ -674,7 +701,8 @@ def text_rows(source):
     if not (path.is_file() if kind else "/" in source and not path.exists()):
         raise UserError(f"{source} is not docstrings; there is no text file so named (txt, jsonl, parquet)")
     where = dict(data_files=glob.escape(source)) if kind else dict(name=configuration or None)
-    with blame(f"cannot read the text {source}"):
+    offline = "; the hub cannot be reached: give --text a file" * ("HF_HUB_OFFLINE" in os.environ)
+    with blame(f"cannot read the text {source}" + ("" if kind else offline)):
         rows = datasets.load_dataset(kind or hub_id, **where, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get("text"), str):
@@ -711,6 +739,8 @@ def windows(texts, tokenizer, T, split):
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     chosen = (text for text in texts if split_of(text) == split)
     for number, text in enumerate(chosen):
+        if getattr(tokenizer, "collapses_spaces", False):
+            text = re.sub(" +", " ", text)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for at in range(0, len(ids) - T + 1, T):
             yield number, np.array(front + ids[at:at + T], dtype=np.int32)
@@ -2359,8 +2389,163 @@ def measure_synth(cfg):
         f"half the step size: {gained['null, half the lr']}."])
 
 
+# ------------------------------------------------------------------------------------------ export
+# Other libraries know one SAE on raw activations. A linear path on all k features folds into its decoder, and
+# x = (raw - mean) / std into its weights, both exactly; an interaction into nothing.
+
+@torch.no_grad()
+def fold_standardiser(sae, standardiser):
+    """The TopKSAE that reads and gives raw activations as `sae` does standardised ones."""
+    folded, (mean, std) = copy.deepcopy(sae).double(), (each.double() for each in standardiser.buffers())
+    folded.W_enc /= std
+    folded.b_enc -= folded.W_enc @ mean
+    folded.W_dec *= std
+    folded.b_dec.mul_(std).add_(mean)
+    return folded
+
+def exported(sae, layer, language_model, form):
+    """(folder, weights' file, weights, cfg.json) of a TopKSAE on raw activations, as form, "saelens" (version
+    6) or "sparsify" (1.3), loads it."""
+    W_enc, b_enc, W_dec, b_dec = (p.detach() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    F, D = W_enc.shape
+    if form == "sparsify":                                # which takes b_dec off its input
+        weights = {"encoder.weight": W_enc, "encoder.bias": b_enc + W_enc @ b_dec}
+        weights |= dict(W_dec=W_dec, b_dec=b_dec)
+        return f"layers.{layer - 1}" if layer else "embed_tokens", "sae.safetensors", weights, dict(
+            activation="topk", expansion_factor=F // D, normalize_decoder=False, num_latents=F, k=sae.k,
+            multi_topk=False, skip_connection=False, transcode=False, d_in=D)
+    hook = f"blocks.{layer}.hook_resid_pre"
+    about = dict(sae_lens_version="6.0.0", model_name=language_model, hook_name=hook)
+    return ".", "sae_weights.safetensors", dict(W_enc=W_enc.T, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec), dict(
+        architecture="topk", d_in=D, d_sae=F, k=sae.k, dtype="float32", device="cpu", metadata=about,
+        apply_b_dec_to_input=False, normalize_activations="none", reshape_activations="none",
+        rescale_acts_by_decoder_norm=False)
+
+def run_export(cfg):
+    """Stage `export`: write an arm that is one SAE as SAELens or sparsify load it, for raw activations."""
+    path = cfg.run / f"{cfg.arm}.safetensors"
+    if not path.exists():
+        raise UserError(f"{cfg.run} has no trained arm {cfg.arm!r}: run the stage `train` first")
+    model = load_arm(path)
+    with blame(f"{cfg.arm} cannot be exported"):
+        sae = fold_standardiser(fold_linear(model), model.standardiser)
+    of, target = model.config["run"], cfg.run / "export" / f"{cfg.arm}-{cfg.format}"
+    folder, name, weights, config = exported(sae, of["layer"], of["model"], cfg.format)
+    with replacing(target) as temporary:
+        (temporary / folder).mkdir(parents=True)
+        save_file({key: W.float().contiguous() for key, W in weights.items()}, temporary / folder / name)
+        write_json(temporary / folder / "cfg.json", config)
+    print(f"export: {target}, {cfg.arm} of F = {sae.F:,} on raw activations entering block {of['layer']}")
+
+
 # ------------------------------------------------------------------------------------------ plan
-# What a run costs, before anything is downloaded.
+# What a run costs, before anything is downloaded. --measure times a step of each arm beside its limit, what
+# no exact one avoids: the encoder's product, torch's TopK, an Adam pass over the SAE's weights. From these
+# times and a random language model's it projects those of the stages; text is taken to cost nothing.
+
+def seconds(function, device="cpu", repeat=3):
+    """Median time of a call, after one that does not count."""
+    def call():
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    return float(np.median(timeit.repeat(call, number=1, repeat=1 + repeat)[1:]))
+
+def time_limit(cfg, D):
+    """Seconds of what no training step of `sae` avoids."""
+    x, W = (torch.randn(rows, D, device=cfg.device) for rows in (cfg.batch, cfg.features))
+    weights = [torch.nn.Parameter(torch.zeros_like(W)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(W)
+    adam, pre = torch.optim.Adam(weights, fused=True), x @ W.T
+    return seconds(lambda: (x @ W.T, pre.topk(cfg.k), adam.step()), cfg.device)
+
+def time_arm(cfg, name, D, sizes):
+    """Seconds of a training step of an arm of make_arm's `sizes` on B random tokens, and of evaluating it on
+    one token."""
+    dtype, x = getattr(torch, cfg.param_dtype), torch.randn(cfg.batch, D, device=cfg.device)
+    parent = DualEncoder(TopKSAE(D, sizes["F"], sizes["k"])) if name in CHILDREN else None
+    model = make_arm(name, D=D, parent=parent, **sizes).to(cfg.device, dtype).train()
+    optimizer, numbers = make_optimizer(model, lr=1e-4), torch.zeros_like(x[:, 0], dtype=torch.long)
+    step = seconds(lambda: training_step(model, optimizer, x.to(dtype), autocast=cfg.autocast), cfg.device)
+    models, std = {name: model.float().eval()}, torch.ones(D, device=x.device)
+    return step, seconds(lambda: evaluate(models, [(x, numbers)], std=std), cfg.device) / len(x)
+
+def time_lm(cfg, config):
+    """Seconds a token of a random language model's forward up to cfg.layer, and of a whole one, spliced and
+    judged; and of one of its training steps, where the run trains it."""
+    from transformers import AutoModelForCausalLM
+    with torch.device(cfg.device):
+        dtype = torch.float32 if cfg.device == "cpu" else torch.bfloat16
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids = torch.randint(lm.config.get_text_config().vocab_size, (32, cfg.window + 1), device=cfg.device)
+    raw, data = capture(lm, cfg.layer, ids)[:, 1:], types.SimpleNamespace(lm=lm, skip=1)
+    clean, long = splice_in(data, cfg.layer, ids, raw), ids.repeat(1, 128)[:16, :128]
+    def judge():
+        logits = splice_in(data, cfg.layer, ids, raw)
+        kl_divergence(clean, logits), torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    read, judged = (seconds(each, cfg.device) / ids.numel() for each in (
+        lambda: extract(lm, cfg.layer, ids), judge))
+    if cfg.model != "tiny":
+        return read, judged, 0.0
+    return read, judged, seconds(lambda: lm(input_ids=long, labels=long).loss.backward(), cfg.device)
+
+def time_worlds(cfg):
+    """Seconds of stage `synth`: its jobs, one thread each, on all cores."""
+    world = {name: getattr(cfg, f"world_{name}") for name in WORLD}
+    own = types.SimpleNamespace(**world | dict(device="cpu", param_dtype="float32", autocast=False))
+    lm = World(0, **{name: world[name] for name in (
+        "dims", "features", "planted", "gamma", "noise", "alone", "together")})
+    threads, ids = torch.get_num_threads(), torch.randint(1000, (math.ceil(own.batch / 256), 256))
+    torch.set_num_threads(1)
+    sizes = dict(F=own.features, k=own.k, n=own.k, K=own.embedding)
+    step = sum(time_arm(own, name, own.dims, sizes)[0] for name in ("sae", "joint-interaction")) / 2
+    drawn = seconds(lambda: lm.draw(ids))
+    torch.set_num_threads(threads)
+    full, short = 2 * own.worlds * own.seeds, 5 * own.seeds     # jobs of six arms, of two
+    total = own.steps * ((full + short) * drawn + (6 * full + 2 * short) * len(own.lr) * step)
+    return total / min(full + short, os.cpu_count())
+
+def free_memory(device):
+    """Bytes that are free on a device; without bound where the system does not tell."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+def project(cfg, config, needs, lm_needs):
+    """Print how long a step of each arm takes on this machine, and each stage of reproduce.sh, from it; needs
+    {arm: bytes}, lm_needs: what does not fit is not timed."""
+    D, rates, room, none = config.hidden_size, len(cfg.lr), free_memory(cfg.device), math.nan
+    sizes = {name: size for name, size in sizes_of(cfg, D).items() if name != "D"}
+    read, judged, learn = time_lm(cfg, config) if lm_needs < room else (none, none, none)
+    alike = {name.removesuffix(NULL): need for name, need in needs.items()}
+    plain = {name: time_arm(cfg, name, D, sizes) if need < room else (none, none)
+             for name, need in alike.items()}
+    limit = time_limit(cfg, D) if min(needs.values()) < room else none
+    print(*table(("arm", "ms a step", "x limit", "tokens a second"), *(
+        (name, f"{1000 * step:.1f}", f"{step / limit:.2f}", f"{cfg.batch / step:,.0f}")
+        for name, (step, _) in plain.items())), sep="\n")
+    step, forward = (sum(plain[name.removesuffix(NULL)][at] for name in needs) for at in (0, 1))
+    waves = [name.endswith(NULL) + (name.endswith(NULL) or name in CHILDREN) for name in needs]
+    passes = sum(math.ceil(waves.count(wave) / cfg.at_once) for wave in range(3))
+    code, paths = read + max(each for _, each in plain.values()), 2 + sum(
+        1 if ARMS[name.partition("@")[0]] is None else 4 for name in needs if not name.endswith(NULL))
+    steps, T, E = math.ceil(cfg.tokens / cfg.batch) * cfg.chunk_epochs, cfg.tokens, cfg.eval_tokens
+    some, K = torch.randn(min(4096, cfg.features), D, device=cfg.device), cfg.embedding
+    gram = seconds(lambda: gram_stats(some), cfg.device, 1) * (cfg.features / len(some)) ** 2
+    small = time_arm(cfg, "sae", K, dict(F=25 * K, k=max(1, K // 2), n=1, K=1))[0]
+    of = dict(
+        lm=cfg.lm_steps * learn, train=(1e5 + passes * (T + E / 4)) * read + rates * (
+            steps * step + (E / 4 + 50 * cfg.batch) * forward),
+        recon=E * (2 * read + forward), kl=cfg.kl_tokens * (2 * read + 2 * paths * judged),
+        gram=2 * E * code + 5 * gram, secondary=2 * ((T + 1e5 + 3 * E) * code + rates * steps * small),
+        anova=4 * 600 * 640 * judged, pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg))
+    of["all"] = sum(of.values())
+    print(*table(("stage", "minutes"), *(
+        (name, f"{each / 60:.1f}" if each == each else "does not fit") for name, each in of.items())),
+          sep="\n")
 
 def run_plan(cfg):
     """Stage `plan`: parameters of a run and the memory that it takes."""
@@ -2379,16 +2564,20 @@ def run_plan(cfg):
           f"joint: {joint / 1e6:.1f} M parameters:", ", ".join(
               f"{part} {count / 1e6:.1f} M ({show(count / joint)})" for part, count in (
                   ("SAE", sae), ("linear", linear), ("nonlinear", joint - sae - linear))))
-    rows = [("arm", "M parameters", f"GB at {len(cfg.lr)} learning rate(s)", "more in a step")]
+    needs, rows = {}, [("arm", "M parameters", f"GB at {len(cfg.lr)} learning rate(s)", "more in a step")]
     for name in cfg.arms:                                 # weights, Adam's two moments; gradients, two (B, F)
         whole = count_parameters(arms[name])
         trained = sum(p.numel() for p in arms[name].parameters() if p.requires_grad)
         held, on_top = len(cfg.lr) * (whole + 2 * trained), trained + 2 * cfg.batch * arms[name].learner.F
+        needs[name] = 4 * (whole + 3 * trained + 3 * cfg.batch * arms[name].learner.F)
         rows.append((name, f"{whole / 1e6:.1f}", f"{size * held / 1e9:.2f}", f"{size * on_top / 1e9:.2f}"))
     print(*table(*rows), sep="\n")
     print(f"language model: {count_parameters(lm) / 1e6:,.1f} M parameters, {used / 1e6:,.1f} M in use: "
           f"{2 * used / 1e9:.2f} GB on a GPU, twice that on a CPU; a chunk of activations: "
           f"{4 * D * min(cfg.chunk, cfg.tokens) / 1e9:.2f} GB")
+    if cfg.measure:
+        width = 4 if cfg.device == "cpu" else 2           # bytes
+        project(cfg, lm.config.get_text_config(), needs, width * count_parameters(lm))
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -2571,7 +2760,8 @@ def run_report(cfg):
 
 MEASURES = dict(recon=measure_recon, kl=measure_kl, gram=measure_gram, secondary=measure_secondary,
                 anova=measure_anova, pairs=measure_pairs, inspect=measure_inspect, synth=measure_synth)
-STAGES = dict(plan=run_plan, lm=run_lm, train=run_train, **MEASURES, report=run_report)
+STAGES = dict(plan=run_plan, lm=run_lm, train=run_train, **MEASURES, report=run_report,
+              export=run_export)
 DEFAULT_ARMS = [*(arm for arm in ARMS if arm not in CHILDREN), "sae@matched", *CHILDREN,
                 *(arm + NULL for arm in ("sae", "joint", "joint-interaction"))]
 
@@ -2589,9 +2779,14 @@ def parser():
                 help="12, or s12 for a secondary one (default: the pairs that interact most)")
             add("--arm", default="joint", help="arm to look at (default: joint)")
             add("--pairs", type=count, default=5, help="how many pairs (default: 5)")
+        if stage == "export":
+            add("--arm", default="sae", help="sae, of any size, or sae-2dec (default: sae)")
+            add("--format", choices=("saelens", "sparsify"), default="saelens", help="(default: saelens)")
         if stage == "pairs":
             add("--peer", nargs="+", metavar="RUN", help="runs of other seeds: do they rank pairs alike?")
-        if stage == "train":
+        if stage == "plan":
+            add("--measure", action="store_true", help="time a step of each arm here, and project all stages")
+        if stage in ("plan", "train"):
             add("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
         if stage in ("train", "secondary"):
             add("--save-minutes", type=number, default=3, help="between checkpoints (default: 3)")
@@ -2616,6 +2811,8 @@ def main(argv=None):
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")   # else a line for each of its many tries
     try:
         cfg = resolve(args)
+        if args.stage in READERS.split():
+            work_offline_without_network(cfg.model, cfg.text.partition(":")[0])
         if args.stage in MEASURES:
             text = "\n".join(stage_lines(args.stage, stage_results(cfg, lambda: MEASURES[args.stage](cfg))))
             print(text.replace("«", "\033[7m").replace("»", "\033[0m") if sys.stdout.isatty() else text)

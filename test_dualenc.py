@@ -516,17 +516,25 @@ def config_of(kind, layers=3, vocab=400):
     )
     if kind == "gpt2":
         sizes = dict(n_embd=16, n_layer=layers, n_head=2, vocab_size=vocab, n_positions=64)
-    if kind == "qwen2":
-        sizes |= dict(num_key_value_heads=1)
+    if kind in ("qwen2", "qwen3", "gemma2"):
+        sizes |= dict(num_key_value_heads=1, head_dim=8)
+    if kind == "opt":
+        sizes |= dict(ffn_dim=24, word_embed_proj_dim=16)
     return AutoConfig.for_model(kind, **sizes)
 
 
-def random_lm(kind):
+KINDS = ["llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "gemma2", "opt", "phi"]
+
+
+def random_lm(kind, **options):
     """A random language model of that kind, and two windows for it."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_of(kind)).eval(), torch.randint(0, 400, (2, 9))
+    lm = AutoModelForCausalLM.from_config(config_of(kind), **options)
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return lm.eval(), torch.randint(0, 400, (2, 9))
 
 
 @pytest.fixture(scope="session")
@@ -622,7 +630,7 @@ def test_docstring_corpus_holds_docstrings_and_no_code(monkeypatch, tmp_path):
 # ---- language model and stream
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_capture_is_hidden_states_and_stops_the_forward(kind):
     lm, tokens = random_lm(kind)
     hidden = lm(input_ids=tokens, output_hidden_states=True).hidden_states
@@ -804,9 +812,12 @@ def test_gain_and_its_interval():
 # ---- kl
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gpt2", "qwen2"])
-def test_splice_of_the_same_is_exact_and_of_another_reaches_the_logits(kind):
-    lm, tokens = random_lm(kind)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_splice_of_the_same_is_exact_and_of_another_reaches_the_logits(kind, attention):
+    if (kind, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no such Gemma 2")
+    lm, tokens = random_lm(kind, attn_implementation=attention)
     clean = lm(input_ids=tokens, use_cache=False).logits
     for layer in range(3):
         same = d.splice(lm, layer, tokens, lambda hidden: hidden.clone())
@@ -914,6 +925,120 @@ def stage(name, run, *flags):
 
 
 ARMS = ["sae", "sae-2dec", "joint", "joint-interaction", "sae@matched", "sequential", "residual-sae"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_every_kind_of_language_model(kind, text, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config_of(kind, vocab=len(tokenizer) + 8))  # its class may add some
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    flags = ["--model", tmp_path / "lm", "--text", text, "--layer", 2, *SMALL, "--lr", 0.003]
+    assert stage("train", tmp_path / "run", "sae", "joint", *flags) == 0
+    assert stage("recon", tmp_path / "run") == 0 and stage("kl", tmp_path / "run", "--kl-tokens", 100) == 0
+    results = json.loads((tmp_path / "run" / "results" / "kl.json").read_text())
+    assert results["identity_kl"] == 0 and results["arms"]["joint"]["full"]["kl"] > 0
+    recon = json.loads((tmp_path / "run" / "results" / "recon.json").read_text())
+    assert recon["arms"]["sae"]["fvu"] < 1
+
+
+def openllama(path, lines, *, collapses=True):
+    """A directory as the hub holds OpenLLaMA-3B: pytorch_model.bin, tokenizer.model and two configs."""
+    import sentencepiece
+    from transformers import AutoModelForCausalLM
+
+    path.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=collapses,
+        minloglevel=2,
+        pad_id=-1,
+    )
+    (path / "tokenizer.vocab").unlink()
+    config = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, bos_token="<s>", eos_token="</s>")
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config_of("llama"))
+    lm.config.bos_token_id, lm.config.eos_token_id = 1, 2
+    lm.config.architectures = ["LlamaForCausalLM"]
+    lm.config.save_pretrained(path)
+    torch.save(lm.half().state_dict(), path / "pytorch_model.bin")
+    return path
+
+
+def wikitext(path):
+    """A text in WikiText's layout: headings of three levels, blank rows, documents of many lines."""
+    rows, rng = [""], random.Random(0)
+    for number in range(250):
+        rows += [f" = Title {number} = ", ""]
+        for _ in range(3):
+            rows += [" ".join(rng.choices(WORDS, k=40)), ""]
+        rows += [" = = Part = = ", "", " ".join(rng.choices(WORDS, k=30)), ""]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_the_papers_stages_on_a_directory_as_openllamas_and_text_as_wikitexts(tmp_path):
+    text = wikitext(tmp_path / "wiki.txt")
+    lm = openllama(tmp_path / "lm", text.read_text().splitlines())
+    assert {p.name for p in lm.iterdir()} == {
+        "config.json",
+        "pytorch_model.bin",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    run, size = tmp_path / "run", [*SMALL, "--chunk", 1000]
+    flags = ["--preset", "paper", "--model", lm, "--text", text, "--layer", 1, *size]
+    names = ["sae", "joint", "sequential", "residual-sae", "sae@matched"]
+    assert stage("train", run, *names, *flags, "--at-once", 1) == 0
+    for name, more in dict(recon=[], kl=["--kl-tokens", 300], gram=[], secondary=[], anova=[]).items():
+        assert stage(name, run, *more) == 0, name
+    assert stage("report", run) == 0
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
+    config = json.loads((run / "config.json").read_text())
+    assert config["preset"] == "paper" and config["dropout"] == 0.15 and config["decay"] == 0.8
+
+
+def test_runs_of_spaces_are_one_where_the_tokenizers_own_model_says_so(tmp_path):
+    lines = wikitext(tmp_path / "wiki.txt").read_text().splitlines()
+    once, twice = " ".join(WORDS[:60]), "  ".join(WORDS[:60])
+    for collapses in (True, False):
+        _, tokenizer = d.load_lm(openllama(tmp_path / f"lm{collapses}", lines, collapses=collapses))
+        assert tokenizer.collapses_spaces == collapses
+        one, two = (
+            [w.tolist() for _, w in d.windows([t], tokenizer, 8, d.split_of(t))] for t in (once, twice)
+        )
+        assert one and (one == two) == collapses
+
+
+def test_without_network_the_hubs_names_are_refused_at_once(tmp_path, capsys, monkeypatch, model):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(d.socket, "create_connection", refuse)
+    d.work_offline_without_network("tiny", str(model), "docstrings")
+    assert "HF_HUB_OFFLINE" not in os.environ  # no name of the hub's
+    for flags in (
+        ["--model", "no-one/nothing"],
+        ["--model", model, "--layer", 1, "--text", "no-one/nothing"],
+    ):
+        command = [sys.executable, SOURCE, "train", "sae", "--run", tmp_path / "run", *flags]
+        env = {**os.environ, "HF_ENDPOINT": "https://hub.invalid", "HF_HOME": str(tmp_path / "hub")}
+        start = time.monotonic()
+        out = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
+        assert out.returncode == 2 and "the hub cannot be reached: give --" in out.stderr
+        assert (
+            out.stderr.count("\n") == 1 and time.monotonic() - start < 40 and not (tmp_path / "run").exists()
+        )
 
 
 @pytest.fixture(scope="session")
@@ -1323,7 +1448,89 @@ def test_first_position_can_be_kept(trained, model, text, tmp_path):
     assert kept["tokens"] == math.ceil(600 / 9) * 9 and left["tokens"] == 600
 
 
+# ---- export
+
+
+def reconstruct(arm, raw):
+    """What a trained arm makes of raw activations, in raw units."""
+    return arm.standardiser.decode(sum(arm(arm.standardiser.encode(raw)).values()))
+
+
+@given(seed=seeds, form=st.sampled_from(["saelens", "sparsify"]), name=st.sampled_from(["sae", "sae-2dec"]))
+def test_what_is_exported_reads_and_gives_raw_activations(seed, form, name):
+    torch.manual_seed(seed)
+    arm = d.make_arm(name, D=5, F=16, k=4, n=2, K=3).double()
+    for p in arm.parameters():
+        torch.nn.init.normal_(p)
+    arm.standardiser = d.Standardiser(10 * torch.randn(5).double(), torch.rand(5).double() + 0.1)
+    raw = arm.standardiser.decode(normal(20, 5, seed=seed))
+    sae = d.fold_standardiser(d.fold_linear(arm), arm.standardiser)
+    torch.testing.assert_close(sae(raw), reconstruct(arm, raw))
+    _, _, W, config = d.exported(sae, 3, "model", form)
+    if form == "saelens":  # relu(topk(x W_enc + b_enc)) W_dec + b_dec
+        pre = raw @ W["W_enc"] + W["b_enc"]
+        assert W["W_enc"].shape == (config["d_in"], config["d_sae"]) == (5, 16)
+    else:  # it takes b_dec off first
+        pre = (raw - W["b_dec"]) @ W["encoder.weight"].T + W["encoder.bias"]
+        assert config["num_latents"] == 16 and config["d_in"] == 5
+    top = pre.topk(config["k"])
+    code = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(code @ W["W_dec"] + W["b_dec"], reconstruct(arm, raw))
+
+
+def test_export_writes_what_other_libraries_load_and_refuses_what_is_no_single_sae(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results", "train.jsonl"))
+    for form, files in (
+        ("saelens", {"sae_weights.safetensors", "cfg.json"}),
+        ("sparsify", {"sae.safetensors", "cfg.json"}),
+    ):
+        for name in ("sae", "sae-2dec", "sae@matched"):
+            assert stage("export", run, "--arm", name, "--format", form) == 0
+            folder = run / "export" / f"{name}-{form}" / ("." if form == "saelens" else "layers.0")
+            assert {file.name for file in folder.iterdir()} == files
+    capsys.readouterr()
+    for name, reason in (("joint", "n=4 of k=6"), ("residual-sae", "folds into"), ("none", "no trained arm")):
+        assert stage("export", run, "--arm", name) == 2
+        err = capsys.readouterr().err
+        assert reason in err and err.count("\n") == 1
+    assert not list((run / "export").glob("joint*")) and not list((run / "export").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["sae", "sae-2dec"])
+def test_sae_lens_and_sparsify_load_what_is_exported(trained, tmp_path, name):
+    sae_lens, sparsify = pytest.importorskip("sae_lens"), pytest.importorskip("sparsify")
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results", "train.jsonl"))
+    for form in ("saelens", "sparsify"):
+        assert stage("export", run, "--arm", name, "--format", form) == 0
+    arm = d.load_arm(run / f"{name}.safetensors")
+    raw = arm.standardiser.decode(normal(300, len(arm.standardiser.mean), dtype=torch.float32))
+    ours = reconstruct(arm, raw)
+    theirs = sae_lens.SAE.load_from_disk(str(run / "export" / f"{name}-saelens"))(raw)
+    others = sparsify.SparseCoder.load_from_disk(str(run / "export" / f"{name}-sparsify" / "layers.0"))(raw)
+    for each in (theirs, others.sae_out):
+        assert (each - ours).abs().max() <= 1e-4 * ours.abs().max()
+
+
 # ---- plan and command line
+
+
+def test_plan_measures_steps_and_projects_every_stage(capsys, tmp_path, model):
+    small = ["--model", model, "--layer", 1, *SMALL, "--measure"]
+    assert stage("plan", tmp_path / "run", "sae", "joint", "sequential", "joint~null", *small) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[8:]}
+    for name in ("sae", "joint", "sequential"):
+        ms, ratio, rate = (float(cell.replace(",", "")) for cell in rows[name])
+        assert ms > 0 and ratio > 0 and rate > 0
+    stages = set(d.STAGES) - {"plan", "report", "export"}
+    assert stages < set(rows) and float(rows["all"][0]) >= 0
+
+
+def test_plan_does_not_time_what_does_not_fit(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(d, "free_memory", lambda device: 0)
+    assert stage("plan", tmp_path / "run", "joint", "--model", model, "--layer", 1, *SMALL, "--measure") == 0
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_plan_of_the_papers_size_counts_as_the_paper_does(capsys, tmp_path):
@@ -1402,7 +1609,7 @@ def test_each_flag_reaches_the_configuration_of_its_stages(tmp_path):
 def test_help_names_the_papers_values_and_imports_nothing_heavy(stage_name):
     command = [sys.executable, str(SOURCE), stage_name, "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--preset" in out and ("(paper:" in out) == (stage_name not in ("lm", "synth", "report"))
+    assert "--preset" in out and ("(paper:" in out) == (stage_name not in ("lm", "synth", "report", "export"))
     code = (
         f"import sys; sys.argv = ['x', {stage_name!r}, '--help']; sys.path[:0] = [{str(SOURCE.parent)!r}]\n"
         "import dualenc\ntry: dualenc.main()\nexcept SystemExit: pass\n"
