@@ -1538,23 +1538,31 @@ def gram_stats(W, *, block=512):
     """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std, largest
     size of the product and cosine of two rows; spectrum (width,), exact centred principal variances, share of
     the first_50, components_90 to hold 90 %; components_90_published, of the top 1,000, uncentred."""
-    F, sums = len(W), {"product": [], "cosine": []}
-    squared = torch.cat([rows.square().sum(1) for rows in W.split(block)])
-    scale, stats = squared.clamp_min(1e-30).rsqrt(), dict(squared_norms=squared)
-    for at in range(0, F, block):
-        pairs = (W[at:at + block] @ W[at:].T).triu_(1)    # each pair once, no row with itself
-        for kind, rows in sums.items():
+    F, blocks, largest = len(W), W.split(4096), dict(product=0.0, cosine=0.0)
+    squared = torch.cat([rows.square().sum(1) for rows in blocks])
+    stats, scale = dict(squared_norms=squared), squared.clamp_min(1e-30).rsqrt()
+    for at in range(0, F, block):                         # each pair once, no row with itself
+        pairs = W[at:at + block] @ W[at:].T
+        pairs[:, :block].triu_(1)
+        for kind in largest:
             if kind == "cosine":
-                pairs *= scale[at:at + block, None] * scale[at:]
-            rows.append([pairs.sum(dtype=torch.float64).item(),
-                         pairs.square().sum(dtype=torch.float64).item(), pairs.abs().max().item()])
-    for kind, rows in sums.items():
-        mean, squares, _ = np.sum(rows, 0) / (F * (F - 1) / 2)
-        stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=np.max(rows, 0)[2])
-    moments = sum(rows.double().T @ rows.double() for rows in W.split(block))
-    centre = sum(rows.double().sum(0) for rows in W.split(block)) / F
+                pairs.mul_(scale[at:at + block, None]).mul_(scale[at:])
+            largest[kind] = max(largest[kind], *(end.abs().item() for end in pairs.aminmax()))
+    def moments(rows):
+        return sum((some.T @ some).double() for some in rows)
+    centre = sum(rows.double().sum(0) for rows in blocks) / F
+    centred = moments(rows - centre.to(rows) for rows in blocks)
+    uncentred, units = centred + F * torch.outer(centre, centre), scale[:, None].split(4096)
+    of_units = moments(rows * unit for rows, unit in zip(blocks, units, strict=True))
+    sum_of_units = sum((rows * unit).double().sum(0) for rows, unit in zip(blocks, units, strict=True))
+    for kind, total, square, own in (                     # Σ_{i≠j} w_i·w_j = ‖Σ w‖² - Σ ‖w‖², and so squared
+            ("product", F * centre, uncentred, squared.double()),
+            ("cosine", sum_of_units, of_units, (squared > 0).double())):
+        mean, squares = ((whole - each.sum()).item() / max(1, F * (F - 1)) for whole, each in (
+            (total @ total, own), (square.square().sum(), own.square())))
+        stats[kind] = dict(mean=mean, std=max(0.0, squares - mean ** 2) ** 0.5, largest=largest[kind])
     spectrum, uncentred = (torch.linalg.eigvalsh(matrix).flip(0).clamp_min(0)
-                           for matrix in (moments - F * torch.outer(centre, centre), moments))
+                           for matrix in (centred, uncentred))
     def components(variances):
         return 1 + int((variances.cumsum(0) < 0.9 * variances.sum() * (1 - 1e-9)).sum())
     return stats | dict(
@@ -2443,13 +2451,16 @@ def run_export(cfg):
 # no exact one avoids: the encoder's product, torch's TopK, an Adam pass over the SAE's weights. From these
 # times and a random language model's it projects those of the stages; text is taken to cost nothing.
 
-def seconds(function, device="cpu", repeat=3):
-    """Median time of a call, after one that does not count."""
+def seconds(function, device="cpu"):
+    """Median time of three calls, or of as many as half a second holds, after one that does not count."""
     def call():
         function()
         if device != "cpu":
             torch.cuda.synchronize(device)
-    return float(np.median(timeit.repeat(call, number=1, repeat=1 + repeat)[1:]))
+    times = [timeit.timeit(call, number=1)]
+    while len(times) < 4 or sum(times) < 0.5:
+        times.append(timeit.timeit(call, number=1))
+    return float(np.median(times[1:]))
 
 def time_limit(cfg, D):
     """Seconds of what no training step of `sae` avoids."""
@@ -2534,7 +2545,7 @@ def project(cfg, config, needs, lm_needs):
         1 if ARMS[name.partition("@")[0]] is None else 4 for name in needs if not name.endswith(NULL))
     steps, T, E = math.ceil(cfg.tokens / cfg.batch) * cfg.chunk_epochs, cfg.tokens, cfg.eval_tokens
     some, K = torch.randn(min(4096, cfg.features), D, device=cfg.device), cfg.embedding
-    gram = seconds(lambda: gram_stats(some), cfg.device, 1) * (cfg.features / len(some)) ** 2
+    gram = seconds(lambda: gram_stats(some), cfg.device) * (cfg.features / len(some)) ** 2
     small = time_arm(cfg, "sae", K, dict(F=25 * K, k=max(1, K // 2), n=1, K=1))[0]
     of = dict(
         lm=cfg.lm_steps * learn, train=(1e5 + passes * (T + E / 4)) * read + rates * (
