@@ -1448,13 +1448,15 @@ def measure_recon(cfg):
 # language model lose? An error's direction matters as well as its size, so each path stands beside an
 # isotropic error of its own size; a cut of KL stands beside `sae` too, not only beside the own SAE path.
 
+def log_probabilities(logits):
+    """Log-softmax over the vocabulary, in single precision at least: like logits (…, vocabulary)."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
 def kl_divergence(logits_p, logits_q):
     """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…)."""
-    def log_probabilities(logits):                        # 256 rows at a time: no third tensor of that size
-        return (rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
-                for rows in logits.flatten(0, -2).split(256))
-    both = zip(log_probabilities(logits_p), log_probabilities(logits_q), strict=True)
-    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in both]).view(logits_p.shape[:-1])
+    rows = (map(log_probabilities, logits.flatten(0, -2).split(256)) for logits in (logits_p, logits_q))
+    kl = [(p.exp() * (p - q)).sum(-1) for p, q in zip(*rows, strict=True)]
+    return torch.cat(kl).view(logits_p.shape[:-1])
 
 def epsilon_random(x, x_hat, generator):
     """x with an isotropic error as long as x_hat - x, a direction a row: (…, D) -> like x (Gurnee, 2024)."""
@@ -1481,18 +1483,18 @@ def measure_kl(cfg):
     (data, models), sums = open_arms(cfg, whole=True), {}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     for ids, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
-        clean = splice(data.lm, cfg.layer, ids, lambda hidden: hidden)
-        raw = capture(data.lm, cfg.layer, ids)[:, data.skip:].float()
+        raw, following = capture(data.lm, cfg.layer, ids)[:, data.skip:].float(), ids[:, data.skip + 1:, None]
+        clean = [*map(log_probabilities, splice_in(data, cfg.layer, ids, raw)[:, data.skip:])]
         for key, new in replacements(models, data.standardiser, raw, generator):
-            logits = splice_in(data, cfg.layer, ids, new)
-            kl = kl_divergence(clean, logits)[:, data.skip:].double()
-            windows = zip(logits[:, data.skip:-1], ids[:, data.skip + 1:], strict=True)
-            ce = torch.stack([torch.nn.functional.cross_entropy(row.float(), next_ids, reduction="none")
-                              for row, next_ids in windows])
+            logits, judged = splice_in(data, cfg.layer, ids, new)[:, data.skip:], []
+            for p, row, next_ids in zip(clean, logits, following, strict=True):    # by window, for memory
+                q = log_probabilities(row)
+                judged.append(((p.exp() * (p - q)).sum(-1), -q[:-1].gather(1, next_ids)[:, 0]))
+            kl, ce = (torch.stack(each).double() for each in zip(*judged, strict=True))
             ones = torch.ones_like(kl)
-            columns = [part.double().sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
+            columns = [part.sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
             add_by_document(sums, key, numbers, torch.stack(columns, 1))
-            del logits, windows                           # else a third such tensor, when the next is made
+            del logits                                    # else a third such tensor, when the next is made
     return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):
