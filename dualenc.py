@@ -50,12 +50,13 @@ import types
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 
@@ -382,27 +383,44 @@ class Standardiser(torch.nn.Module):
         """Standardised x (…, D) -> raw activations (…, D)."""
         return x * self.std + self.mean
 
-def save_arm(path, model, standardiser, config):
-    """Write an arm as safetensors: weights, standardiser, and config (a JSON object) as metadata."""
-    state = torch.nn.ModuleDict(dict(model=model, standardiser=standardiser)).state_dict()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()
-               if not name.startswith("model.standardiser.")}         # a loaded arm carries one
+def checksum(tensors, text):
+    """CRC-32 of named tensors on a CPU and a text: a bit that flipped on disk is not to pass for a result."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return str(crc)
+
+def save_tensors(path, tensors, config):
+    """Write named tensors as safetensors, with config (a JSON object) and their checksum as metadata."""
+    tensors, text = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(config)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"dualenc": json.dumps(config)})
+        save_file(tensors, temporary, metadata=dict(dualenc=text, crc32=checksum(tensors, text)))
+
+def load_tensors(path):
+    """(tensors, config) that save_tensors wrote. Raises UserError for a damaged or foreign file."""
+    with blame(f"{path} was not written by this program, or is damaged"), safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        if metadata["crc32"] != checksum(tensors, metadata["dualenc"]):
+            raise ValueError("its checksum differs")
+        return tensors, json.loads(metadata["dualenc"])
+
+def save_arm(path, model, standardiser, config):
+    """Write an arm: weights, standardiser, and config (a JSON object), as one safetensors file."""
+    state = torch.nn.ModuleDict(dict(model=model, standardiser=standardiser)).state_dict()
+    save_tensors(path, {name: tensor for name, tensor in state.items()
+                        if not name.startswith("model.standardiser.")}, config)    # a loaded arm carries one
 
 def load_arm(path):
     """Load an arm that `train` wrote: a module in eval mode, with its `standardiser` and `config` attached.
     model(model.standardiser.encode(raw)) gives the parts of x_hat. Raises UserError for a damaged file."""
-    with blame(f"{path} is not an arm that this program wrote, or is damaged"):
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["dualenc"])
-            tensors = {name.removeprefix("model."): file.get_tensor(name) for name in file.keys()}
+    tensors, config = load_tensors(path)
+    with blame(f"{path} is not an arm that this program wrote"):
         sizes = {name: config[name] for name in ("D", "F", "k", "n", "K", "top", "dropout")}
         arm = "sae" if config["arm"].endswith(".secondary") else config["arm"]
         with torch.device("meta"):                        # shapes only; the file's tensors take their places
             model = make_arm(arm, parent=DualEncoder(TopKSAE(sizes["D"], sizes["F"], sizes["k"])), **sizes)
             model.standardiser = Standardiser(*torch.empty(2, sizes["D"]))
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict({name.removeprefix("model."): W for name, W in tensors.items()}, assign=True)
         model.config = config
     return model.eval().requires_grad_(False)
 
@@ -895,11 +913,9 @@ def open_data(cfg, *, whole=False):
         standardiser, facts = estimate_standardiser(lm, cfg.layer, stream("train"), skip=skip)
     claim_run(cfg)
     if not path.exists():
-        with replacing(path) as temporary:
-            save_file(standardiser.state_dict(), temporary)
+        save_tensors(path, standardiser.state_dict(), facts)
         print("standardiser:", ", ".join(f"{fact} {value:g}" for fact, value in facts.items()))
-    with blame(f"{path} is damaged"):
-        standardiser = Standardiser(**load_file(path, device=cfg.device))
+    standardiser = Standardiser(**load_tensors(path)[0]).to(cfg.device)
     return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, D=config.hidden_size, stream=stream, skip=skip,
                                  rows=positions - skip, standardiser=standardiser)
 
@@ -1102,6 +1118,8 @@ def save_checkpoint(path, candidates, config):
 def load_checkpoint(path, candidates, config):
     """Bring an arm's candidates to where save_checkpoint left them. UserError for a damaged file."""
     with blame(f"{path} is not a checkpoint of this run; delete it to train that arm from the start"):
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location=candidates[0].counts.device, weights_only=True)
         if (state["arm"], state["config"]) != (candidates[0].arm, json.dumps(config)):
             raise ValueError("it belongs to another arm or another configuration")

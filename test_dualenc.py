@@ -1799,7 +1799,7 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, c
         (whole[: len(whole) // 2], "is damaged"),
         (b"", "is damaged"),
         (os.urandom(999), "is damaged"),
-        (foreign.read_bytes(), "not an arm"),
+        (foreign.read_bytes(), "not written by this program"),
         ((tmp_path / "narrow.safetensors").read_bytes(), "trained with D = 6, here it is 16"),
     ]
     for number, (content, message) in enumerate(wrong):
@@ -1833,6 +1833,132 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, monkeypatch, c
         assert (run / "joint.ckpt").read_bytes() == content
     (run / "config.json").write_text("{")
     assert stage("train", run, "joint") == 2 and "cannot read" in capsys.readouterr().err
+
+
+def flipped(content, seed):
+    """Bytes with one of them changed, or cut short."""
+    rng = random.Random(seed)
+    at = rng.randrange(len(content))
+    return (
+        content[:at]
+        if seed % 3 == 0
+        else content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+    )
+
+
+def test_no_flipped_bit_and_no_cut_tail_passes_for_a_result(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint.*", "results", "train.jsonl"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2 * 9)
+        assert stage("train", run, "joint", "--save-minutes", 0) == 130
+    for name, command in (
+        ("sae.safetensors", "recon"),
+        ("standardiser.safetensors", "recon"),
+        ("joint.ckpt", "train"),
+    ):
+        good = (run / name).read_bytes()
+        for seed in range(25):
+            (run / name).write_bytes(flipped(good, seed))
+            capsys.readouterr()
+            status = stage(command, run, *(["joint"] if command == "train" else []))
+            error = capsys.readouterr().err
+            if status == 0 and name == "joint.ckpt":  # it hit what means nothing, as a date in the archive
+                assert same_weights(run / "joint.safetensors", trained / "joint.safetensors")
+                (run / "joint.safetensors").unlink()
+                continue
+            assert status == 2 and name in error and error.count("\n") == 1, (name, seed, error)
+        (run / name).write_bytes(good)
+        assert not (run / "results").exists() and not (run / "joint.safetensors").exists()
+
+
+@given(content=st.binary(max_size=60), seed=seeds)
+@settings(max_examples=60)
+def test_settings_results_and_stimuli_of_any_bytes_are_read_or_refused(tmp_path_factory, content, seed):
+    path = tmp_path_factory.mktemp("fuzz") / "file.json"
+    whole = json.dumps(d.STIMULI["docs"] if isinstance(d.STIMULI, dict) else {"a": [1, None]}).encode()
+    for bytes_ in (content, flipped(whole, seed)):
+        path.write_bytes(bytes_)
+        for read in (d.read_json, lambda path: d.load_stimuli(str(path))):
+            try:
+                read(path)
+            except d.UserError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["x" * 2_000_000],
+        ["a\x00b" * 50] * 40,
+        [""] * 5000,
+        ["\ufeff" + "ä ö 中 \U0001f600 " * 30] * 30,
+        [" ".join(random.Random(1).choices(WORDS, k=200_000))],
+    ],
+    ids=["one long line", "nulls", "all empty", "odd letters", "one document"],
+)
+def test_odd_texts_are_read_or_refused_in_one_line(rows, model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes("\n".join(rows).encode())
+    flags = ["--model", model, "--text", tmp_path / "text.txt", "--layer", 1, *SMALL]
+    status = stage("train", tmp_path / "run", "sae", *flags)
+    error = capsys.readouterr().err
+    assert status == 2 and "no document of the" in error and error.count("\n") == 1
+    assert not (tmp_path / "run" / "sae.safetensors").exists()
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9 \xff\xfe\n" * 300)  # no UTF-8
+    assert stage("train", tmp_path / "run", "sae", *flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", [300, 3000, 12_000])
+def test_a_full_disk_is_told_and_what_was_good_stays(trained, tmp_path, limit):
+    import resource
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint.*", "results"))
+    before = {p.name: p.read_bytes() for p in run.glob("*.safetensors")}
+    out = subprocess.run(
+        [
+            sys.executable,
+            str(SOURCE),
+            "train",
+            "joint",
+            "--run",
+            str(run),
+            "--save-minutes",
+            "0",
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert out.returncode == 2 and "cannot write" in out.stderr and out.stderr.count("\n") == 1, out.stderr
+    assert {p.name: p.read_bytes() for p in run.glob("*.safetensors")} == before
+    assert not [p for p in run.iterdir() if p.name.endswith(".tmp")]
+    assert stage("train", run, "joint") == 0
+    assert same_weights(run / "joint.safetensors", trained / "joint.safetensors")
+
+
+@pytest.mark.parametrize("name", ["train", "synth"])
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(name, trained, model, text, tmp_path):
+    run, command = tmp_path / "run", [sys.executable, str(SOURCE), name, "--run", str(tmp_path / "run")]
+    if name == "train":
+        command += map(
+            str, ["joint", "--model", model, "--text", text, "--layer", 1, *SMALL, "--tokens", 10**6]
+        )
+        command += ["--save-minutes", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = (
+        (lambda: (run / "joint.ckpt").exists()) if name == "train" else (lambda: (run / "worlds").exists())
+    )
+    while not started() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - start < 2 and process.returncode == 130
+    assert "the same command goes on" in error and "Traceback" not in error
 
 
 def test_gpu_memory_running_out_names_the_flags(monkeypatch, capsys):
