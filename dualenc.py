@@ -1378,6 +1378,9 @@ def stage_lines(stage, results):
 
 
 # ------------------------------------------------------------------------------------------ reconstruction
+# Claims 1 to 4: how much of the activations an arm rebuilds. fvu is the share of their variance that is left:
+# 0 is perfect, 1 is what their mean leaves. From fvu .10 of the own SAE path to .04 in full is a gain of 60 %,
+# as published; if `sae` has .038 on the same tokens, the gain over it is 1 - .04/.038 = -5 %.
 
 def arm_results(own, cuts, config, params):
     """An arm's entry in recon.json, from what evaluate and gains have of it, its config and its size."""
@@ -2182,6 +2185,8 @@ def measure_pairs(cfg):
 
 # ------------------------------------------------------------------------------------------ inspect
 # What a feature or a pair of them stands for: where in held-out text it is strongest, which words it raises.
+# A pair is strongest where the product of its two values is; the words are those whose logits its effect on x
+# raises most, read off by the language model's last matrix as if no block came between.
 
 def top_contexts(cfg, data, model, probes, *, count=4):
     """Where probes (make_probes) are largest in test text, a pair by the product of its features' values:
@@ -2788,6 +2793,8 @@ def run_report(cfg):
 
 
 # ------------------------------------------------------------------------------------------ command line
+# A subcommand is a stage; its flags are those of FLAGS that it reads. A user's mistake is one line and exit
+# status 2, and nothing is half-written; Ctrl-C is 130.
 
 MEASURES = dict(recon=measure_recon, kl=measure_kl, gram=measure_gram, secondary=measure_secondary,
                 anova=measure_anova, pairs=measure_pairs, inspect=measure_inspect, synth=measure_synth)

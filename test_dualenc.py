@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1446,6 +1447,77 @@ def test_first_position_can_be_kept(trained, model, text, tmp_path):
         json.loads((run / "results" / "recon.json").read_text()) for run in (tmp_path / "run", trained)
     )
     assert kept["tokens"] == math.ceil(600 / 9) * 9 and left["tokens"] == 600
+
+
+# ---- the README
+
+README = SOURCE.with_name("README.md").read_text()
+
+
+def readme_commands(start):
+    """Command lines of the README's indented blocks and of its running text."""
+    found = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+    found += re.findall("`([^`\n]+)`", README)
+    return [line.partition("  #")[0].strip() for line in found if line.startswith(start)]
+
+
+def test_every_command_of_the_readme_runs(model, text, tmp_path, monkeypatch):
+    """Those of a run of one's own, in order, on small sizes; of reproduce.sh, that it calls known stages."""
+    monkeypatch.chdir(tmp_path)
+    small, made = [*map(str, SMALL)], []
+    for line in readme_commands((".venv/bin/python dualenc.py", ".venv/bin/torchrun")):
+        words = line.replace("PATH_OR_HUB_ID", str(model)).replace("mine.txt", str(text)).split()
+        command = words[words.index("dualenc.py") + 1 :]
+        args = d.parser().parse_args(command)
+        made.append(args.stage)
+        if "runs/mine" not in command or "torchrun" in words[0]:
+            continue
+        more = {
+            "train": [*small, "--layer", "1", *ARMS, "--eval-tokens", "3000"],
+            "kl": ["--kl-tokens", "300"],
+            "pairs": [],
+            "synth": "--world-steps 20 --world-worlds 1 --world-seeds 1 --world-tests 2000".split(),
+        }
+        assert d.main([*command, *more.get(args.stage, [])]) == 0, line
+    assert set(made) >= set(d.STAGES) - {"lm"}
+    assert (tmp_path / "runs/mine/report.md").exists() and (tmp_path / "runs/mine/export").exists()
+
+    shutil.copy(SOURCE.with_name("reproduce.sh"), tmp_path)
+    shutil.copy(SOURCE.with_name("requirements.txt"), tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "requirements.txt", tmp_path / ".venv/installed")
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@" >> called\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    for line in {*readme_commands(("./reproduce.sh", "SIZES=1"))}:
+        (tmp_path / "called").unlink(missing_ok=True)
+        subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+        called = [words.split() for words in (tmp_path / "called").read_text().splitlines()]
+        if line == "./reproduce.sh test":
+            assert called == [["-m", "pytest", "-q", "test_dualenc.py"]]
+            continue
+        stages = [d.parser().parse_args(words[1:]).stage for words in called]
+        assert [name for at, name in enumerate(stages) if name not in stages[:at]] == [
+            name for name in d.STAGES if name != "export"
+        ]
+
+
+def test_every_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    shutil.copy(trained / "joint.safetensors", tmp_path / "runs/tiny")
+    monkeypatch.chdir(tmp_path)
+    snippets = [part.partition("```")[0] for part in README.split("```python\n")[1:]]
+    assert len(snippets) == 3
+    for snippet in snippets:
+        names = dict(raw=normal(5, 16, dtype=torch.float32))
+        exec(snippet, names)
+        if "z" in names:
+            values, indices = names["values"], names["indices"]
+            assert values.shape == indices.shape == (256, 64) and names["x_hat"].shape == (256, 128)
+            pairwise = d.fm_interaction_pairwise(values, indices, names["V"])
+            assert (names["z"] - pairwise).abs().max() < 1e-5 * pairwise.abs().max()
+        if "parts" in names:
+            assert set(names["parts"]) == {"sae", "linear", "interaction"}
+    assert "cosine" not in capsys.readouterr().err
 
 
 # ---- export
