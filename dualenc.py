@@ -1379,8 +1379,8 @@ def stage_lines(stage, results):
 
 # ------------------------------------------------------------------------------------------ reconstruction
 # Claims 1 to 4: how much of the activations an arm rebuilds. fvu is the share of their variance that is left:
-# 0 is perfect, 1 is what their mean leaves. From fvu .10 of the own SAE path to .04 in full is a gain of 60 %,
-# as published; if `sae` has .038 on the same tokens, the gain over it is 1 - .04/.038 = -5 %.
+# 0 is perfect, 1 is what their mean leaves. From fvu .10 of the own SAE path to .04 in full is a gain of 60 %
+# as published; if `sae` has .038 on the same tokens, the gain over that is 1 - .04/.038 = -5 %.
 
 def arm_results(own, cuts, config, params):
     """An arm's entry in recon.json, from what evaluate and gains have of it, its config and its size."""
