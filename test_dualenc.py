@@ -1963,8 +1963,9 @@ def test_settings_results_and_stimuli_of_any_bytes_are_read_or_refused(tmp_path_
         [""] * 5000,
         ["\ufeff" + "ä ö 中 \U0001f600 " * 30] * 30,
         [" ".join(random.Random(1).choices(WORDS, k=200_000))],
+        [" ".join(WORDS)] * 300,
     ],
-    ids=["one long line", "nulls", "all empty", "odd letters", "one document"],
+    ids=["one long line", "nulls", "all empty", "odd letters", "one document", "constant"],
 )
 def test_odd_texts_are_read_or_refused_in_one_line(rows, model, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes("\n".join(rows).encode())
