@@ -2551,33 +2551,37 @@ def free_memory(device):
     return math.inf
 
 def project(cfg, config, needs, lm_needs):
-    """Print how long a step of each arm takes on this machine, and each stage of reproduce.sh, from it; needs
-    {arm: bytes}, lm_needs: what does not fit is not timed."""
-    D, rates, room, none = config.hidden_size, len(cfg.lr), free_memory(cfg.device), math.nan
+    """Print how long a step of each arm takes on this machine and, projected, each stage of reproduce.sh.
+    What needs more than the free memory is not timed: needs {arm: bytes}, lm_needs bytes."""
+    D, rates, room, nothing = config.hidden_size, len(cfg.lr), free_memory(cfg.device), (math.nan,) * 3
     sizes = {name: size for name, size in sizes_of(cfg, D).items() if name != "D"}
-    read, judged, learn = time_lm(cfg, config) if lm_needs < room else (none, none, none)
-    alike = {name.removesuffix(NULL): need for name, need in needs.items()}
-    plain = {name: time_arm(cfg, name, D, sizes) if need < room else (none, none)
+    read, judged, learn = time_lm(cfg, config) if lm_needs < room else nothing
+    alike = {name.removesuffix(NULL): need for name, need in needs.items()}      # a null twin costs the same
+    timed = {name: time_arm(cfg, name, D, sizes) if need < room else nothing[:2]
              for name, need in alike.items()}
-    limit = time_limit(cfg, D) if min(needs.values()) < room else none
+    limit = time_limit(cfg, D) if min(needs.values()) < room else math.nan
     print(*table(("arm", "ms a step", "x limit", "tokens a second"), *(
         (name, f"{1000 * step:.1f}", f"{step / limit:.2f}", f"{cfg.batch / step:,.0f}")
-        for name, (step, _) in plain.items())), sep="\n")
-    step, forward = (sum(plain[name.removesuffix(NULL)][at] for name in needs) for at in (0, 1))
+        for name, (step, _) in timed.items())), sep="\n")
+    step, forward = (sum(timed[name.removesuffix(NULL)][at] for name in needs) for at in (0, 1))
     waves = [name.endswith(NULL) + (name.endswith(NULL) or name in CHILDREN) for name in needs]
     passes = sum(math.ceil(waves.count(wave) / cfg.at_once) for wave in range(3))
-    code, paths = read + max(each for _, each in plain.values()), 2 + sum(
-        1 if ARMS[name.partition("@")[0]] is None else 4 for name in needs if not name.endswith(NULL))
-    steps, T, E = math.ceil(cfg.tokens / cfg.batch) * cfg.chunk_epochs, cfg.tokens, cfg.eval_tokens
-    some, K = torch.randn(min(4096, cfg.features), D, device=cfg.device), cfg.embedding
-    gram = seconds(lambda: gram_stats(some), cfg.device) * (cfg.features / len(some)) ** 2
+    paths = sum(1 if ARMS[name.partition("@")[0]] is None else 3 for name in needs if NULL not in name)
+    T, E, B, F, K = cfg.tokens, cfg.eval_tokens, cfg.batch, cfg.features, cfg.embedding
+    steps, code = cfg.chunk_epochs * math.ceil(T / B), read + max(each for _, each in timed.values())
     small = time_arm(cfg, "sae", K, dict(F=25 * K, k=max(1, K // 2), n=1, K=1))[0]
+    rows = torch.randn(min(4096, F), D, device=cfg.device)
+    gram = seconds(lambda: gram_stats(rows), cfg.device) * (F / len(rows)) ** 2
     of = dict(
-        lm=cfg.lm_steps * learn, train=(1e5 + passes * (T + E / 4)) * read + rates * (
-            steps * step + (E / 4 + 50 * cfg.batch) * forward),
-        recon=E * (2 * read + forward), kl=cfg.kl_tokens * (2 * read + 2 * paths * judged),
-        gram=2 * E * code + 5 * gram, secondary=2 * ((T + 1e5 + 3 * E) * code + rates * steps * small),
-        anova=4 * 600 * 640 * judged, pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg))
+        lm=cfg.lm_steps * learn,
+        train=(1e5 + passes * (T + E / 4)) * read         # the standardiser's, every pass's, validation
+        + rates * (steps * step + (E / 4 + 50 * B) * forward),              # 50 entries of the log
+        recon=E * (2 * read + forward),                   # of activations and of their null twins
+        kl=cfg.kl_tokens * (2 * read + 2 * (1 + paths) * judged),           # and as many random errors
+        gram=2 * E * code + 5 * gram,                     # of two arms and five decoders
+        secondary=2 * ((1e5 + T + 3 * E) * code + rates * steps * small),   # of joint and of sequential
+        anova=2 * 2 * 600 * 640 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
+        pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg))
     of["all"] = sum(of.values())
     print(*table(("stage", "minutes"), *(
         (name, f"{each / 60:.1f}" if each == each else "does not fit") for name, each in of.items())),
