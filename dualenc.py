@@ -17,7 +17,10 @@ intervals); training (one loop); claims (the paper's, as data); a section for ea
 reconstruction, kl, structure, secondary, anova, pairs, inspect, ground truth; export; plan; report; command
 line.
 
-Letters, everywhere: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
+The paper's feature identity is the part "sae" of x_hat here, its linear and nonlinear feature integration are
+the parts "linear" and "interaction".
+
+Letters: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
 features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
 activations, values and indices (B, k) the sparse code: kept feature values (>= 0, descending) and their ids.
 What is known not to work stands in the README under "Limits".
@@ -1036,9 +1039,10 @@ def sum_over_ranks(tensors):
             torch.distributed.all_reduce(tensor)
 
 def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=False):
-    """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that loss. autocast: its
-    matrix products in bfloat16. Where torch.distributed runs, every process takes its share of the rows of x.
-    Raises FloatingPointError, before any weight has changed, if loss or gradient is not finite."""
+    """One step of a DualEncoder on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that
+    loss. autocast: its matrix products in bfloat16. Where torch.distributed runs, every process is given the
+    whole of x and takes its share of the rows. Raises FloatingPointError, before any weight has changed, if
+    loss or gradient is not finite."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     shared, size = torch.distributed.is_initialized(), x.numel()
     if shared:
@@ -1055,6 +1059,7 @@ def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=
             counts += kept
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
     if not (norm + loss).isfinite():
+        optimizer.zero_grad()
         raise FloatingPointError("loss or gradient is not finite")
     if norm > 1:
         torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
@@ -1352,7 +1357,7 @@ def verdict(values, relation, bound, what):
     beyond = (np.array(ends) - bound) * (1 if relation == ">" else -1)
     short, all_there = (beyond <= 0).all(1).any(), len(ends) == len(values)
     upheld = (beyond > 0).all() and all_there
-    return ("upheld: " if upheld else "not upheld: " if short else "not decided: ") + what
+    return ("upheld that " if upheld else "not upheld that " if short else "not decided whether ") + what
 
 def table(*rows):
     """Lines of aligned columns from rows of strings, the first to the left, the others to the right."""
@@ -1557,6 +1562,7 @@ def kl_results(sums):
 # a squared norm of D/(3F), every row of W_lin and V at .01√D and .05√K, so that a small one may be a row that
 # hardly trained; the shares that the paper correlates with a norm contain it; what decodes is W_dec + W_lin.
 
+@torch.no_grad()
 def gram_stats(W, *, block=512):
     """Geometry of the rows of W (F, width), in blocks, never (F, F): squared_norms (F,); mean, std, largest
     size of the product and cosine of two rows; spectrum (width,), exact centred principal variances, share of
@@ -1974,7 +1980,8 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
                 entry[f"p_{null}"] = share_beyond(np.array(F), F[0])
             if measure == "words":
                 entry["p_permuted"] = freedman_lane(y, *labels, seed=cfg.seed)
-            else:                                         # that a feature fires more in one cell is none
+            else:   # the worst of three: t-tests with texts as units; random directions, which fire alike, so
+                # that firing more in one cell is not taken for integration; the clamps of other features
                 entry["p_crossed"] = crossed_p(y.reshape(2 * shape[1], -1))
                 entry["p"] = max(entry["p_crossed"], entry["p_random"], entry["p_secondary"])
     return results | dict(cells=list(words))

@@ -1503,7 +1503,7 @@ def test_every_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch, capsys
     shutil.copy(trained / "joint.safetensors", tmp_path / "runs/tiny")
     monkeypatch.chdir(tmp_path)
     snippets = [part.partition("```")[0] for part in README.split("```python\n")[1:]]
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         names = dict(raw=normal(5, 16, dtype=torch.float32))
         exec(snippet, names)
@@ -2354,7 +2354,7 @@ def test_no_effect_is_never_significant():
     assert math.isnan(d.crossed_p(np.zeros((4, 4))))
     assert math.isnan(d.share_beyond(np.array([1.0, 2.0]), math.nan))
     assert d.share_beyond(np.array([math.nan, 1.0, 3.0, math.inf]), 1.5) == 0.5  # the finite ones count
-    assert d.verdict([math.nan], "<", 0.05, "what") == "not decided: what" and d.show(math.nan) == "-"
+    assert d.verdict([math.nan], "<", 0.05, "what") == "not decided whether what" and d.show(math.nan) == "-"
 
 
 @given(rows=st.sampled_from([4, 6, 8]), columns=st.sampled_from([4, 6]), seed=seeds)
@@ -3342,19 +3342,28 @@ def test_each_row_of_the_reports_table_has_its_four_cells(measured):
 
 
 def test_a_verdict_follows_the_whole_interval():
+    undecided = "not decided whether"
     up, over, not_yet = [0.2, 0.1, 0.3], [-0.2, -0.3, -0.1], [0.2, -0.1, 0.3]
-    cases = [(up, ">", 0, "upheld"), (not_yet, ">", 0, "not decided"), (over, ">", 0, "not upheld")]
-    cases += [(up, "<", 0, "not upheld"), (not_yet, "<", 0, "not decided"), (over, "<", 0, "upheld")]
-    cases += [(up, ">", 0.2, "not decided"), ([0.2, math.nan, math.nan], ">", 0, "not decided")]
-    cases += [(0.04, "<", 0.05, "upheld"), (0.06, "<", 0.05, "not upheld"), (0.0, ">", 0, "not upheld")]
+    cases = [(up, ">", 0, "upheld that"), (not_yet, ">", 0, undecided), (over, ">", 0, "not upheld that")]
+    cases += [(up, "<", 0, "not upheld that"), (not_yet, "<", 0, undecided), (over, "<", 0, "upheld that")]
+    cases += [(up, ">", 0.2, undecided), ([0.2, math.nan, math.nan], ">", 0, undecided)]
+    cases += [
+        (0.04, "<", 0.05, "upheld that"),
+        (0.06, "<", 0.05, "not upheld that"),
+        (0.0, ">", 0, "not upheld that"),
+    ]
     for value, relation, bound, word in cases:
-        assert d.verdict([value], relation, bound, "what") == f"{word}: what", value
+        assert d.verdict([value], relation, bound, "what") == f"{word} what", value
         short_of_one = d.verdict([value, None, value], relation, bound, "what")
-        assert short_of_one == f"{'not decided' if word == 'upheld' else word}: what", value
+        assert short_of_one == f"{undecided if word == 'upheld that' else word} what", value
     assert d.verdict([None], ">", 0, "what") == "not measured" == d.verdict([], ">", 0, "what")
-    for values, word in (([up, up], "upheld"), ([up, over], "not upheld"), ([over, not_yet], "not upheld")):
-        assert d.verdict(values, ">", 0, "what") == f"{word}: what"  # all the deciding ones have to agree
-    assert d.verdict([up, not_yet], ">", 0, "what") == "not decided: what"
+    for values, word in (
+        ([up, up], "upheld that"),
+        ([up, over], "not upheld that"),
+        ([over, not_yet], "not upheld that"),
+    ):
+        assert d.verdict(values, ">", 0, "what") == f"{word} what"  # all the deciding ones have to agree
+    assert d.verdict([up, not_yet], ">", 0, "what") == "not decided whether what"
 
 
 def test_figures_as_text():
