@@ -30,6 +30,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import datetime
 import fcntl
 import functools
 import glob
@@ -71,6 +72,7 @@ from tqdm import tqdm
 # + 2·6, the three products of pairs. A lone feature has no partner: z = 0.
 
 thread_pool = functools.cache(concurrent.futures.ThreadPoolExecutor)
+os.register_at_fork(after_in_child=thread_pool.cache_clear)      # a fork has none of its parent's threads
 
 def prefers_dense(W):
     """Whether products with W (F, width) go through dense (B, F) codes. On a GPU: to gather 1024 of 50,000
@@ -351,6 +353,8 @@ def replacing(path):
         with blame(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            if temporary.is_dir() and path.is_dir():
+                shutil.rmtree(path)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -550,12 +554,13 @@ def resolve(args):
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))                # set by torchrun
     if ranks > 1 and args.stage != "train":
         raise UserError(f"torchrun is for the stage `train`, not for `{args.stage}`")
-    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{local}" if ranks > 1 and device == "cuda" else device
     with blame(f"--device is cpu or cuda[:N], and {device!r} cannot be used"):
         torch.ones(1, dtype=torch.float64, device=device).item()   # errors are summed in float64
     cfg = types.SimpleNamespace(**vars(args) | fields | dict(
         fields=fields, stored=stored, run=run, more=[*map(pathlib.Path, more)], device=device, lock=None,
-        rank=rank, ranks=ranks))
+        rank=rank if ranks > 1 else 0, ranks=ranks))
     validate(cfg)
     return cfg
 
@@ -576,7 +581,11 @@ def claim_run(cfg):
         raise UserError(f"another process is at work on {cfg.run}") from error
     for stale in cfg.run.glob(".*.tmp"):                  # left by a process that was killed
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    write_json(cfg.run / "config.json", cfg.stored | fields_of(cfg, cfg.stage))
+    path = cfg.run / "config.json"
+    if cfg.stored != (read_json(path) if path.exists() else {}):
+        raise UserError(f"{path} was changed by another process meanwhile: give the command again")
+    cfg.stored |= fields_of(cfg, cfg.stage)
+    write_json(path, cfg.stored)
 
 def source_hash():
     """sha256 of this file: what another version of it has measured is measured again."""
@@ -647,12 +656,13 @@ def capture(lm, layer, tokens):
 def work_offline_without_network(*names):
     """Where a hub name is among the names and the hub out of reach, have its library use what it has stored,
     instead of trying for a minute."""
-    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    hub_at = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     hub = [name for name in names if "/" in name and not pathlib.Path(name).exists()]
     if urllib.request.getproxies() or not hub:
         return
     try:
-        socket.create_connection((host, 443), timeout=5).close()
+        port = hub_at.port or dict(http=80).get(hub_at.scheme, 443)
+        socket.create_connection((hub_at.hostname, port), timeout=5).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -1172,12 +1182,13 @@ def train_pass(cfg, data, arms):
             drawn_from = f"{cfg.seed}/{c.arm}/{step}" + f"/{cfg.rank}" * (cfg.rank > 0)
             mask_seed = zlib.crc32(drawn_from.encode())   # no other arm changes it
             try:
-                c.losses.append(training_step(
+                loss = training_step(
                     c.model, c.optimizer, x, autocast=cfg.autocast, counts=c.counts if counting else None,
-                    generator=torch.Generator(x.device).manual_seed(mask_seed)))
+                    generator=torch.Generator(x.device).manual_seed(mask_seed))
             except FloatingPointError as error:
                 raise UserError(f"arm {c.arm} at lr {c.lr:g}: the {error} at step {step} (the last "
                                 f"checkpoint is kept); lower --lr in another --run") from error
+            c.losses += [loss] if not cfg.rank else []    # only rank 0 logs them
             c.counted, c.step = c.counted + len(x) * counting, step + 1
         if cfg.rank or ((step + 1) % every and step + 1 < steps):
             continue
@@ -1207,7 +1218,9 @@ def train_pass(cfg, data, arms):
 def wait_for_all(cfg):
     """Let all processes that torchrun started reach this point."""
     if cfg.ranks > 1:
-        sum_over_ranks([torch.zeros(1, device=cfg.device)])
+        here = torch.zeros(1, device=cfg.device)
+        sum_over_ranks([here])
+        here.item()                                       # a GPU's sum is only under way until it is read
 
 def run_train(cfg):
     """Stage `train`: train the arms named that are not there yet, --at-once in a pass. With torchrun
@@ -1223,7 +1236,8 @@ def run_train(cfg):
     if cfg.ranks > 1:
         if 2 * cfg.ranks > cfg.batch:
             raise UserError(f"--batch {cfg.batch} is too small for {cfg.ranks} processes")
-        torch.distributed.init_process_group("gloo" if cfg.device == "cpu" else "nccl")
+        patient = datetime.timedelta(days=1)              # while rank 0 validates and writes
+        torch.distributed.init_process_group("gloo" if cfg.device == "cpu" else "nccl", timeout=patient)
     data = open_data(cfg) if not cfg.rank else None       # first rank 0: it writes
     wait_for_all(cfg)
     data = data or open_data(cfg)
@@ -1510,7 +1524,7 @@ def measure_kl(cfg):
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     for ids, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
         raw, following = capture(data.lm, cfg.layer, ids)[:, data.skip:].float(), ids[:, data.skip + 1:, None]
-        clean = [*map(log_probabilities, splice_in(data, cfg.layer, ids, raw)[:, data.skip:])]
+        clean = [*map(log_probabilities, data.lm(input_ids=ids, use_cache=False).logits[:, data.skip:])]
         for key, new in replacements(models, data.standardiser, raw, generator):
             logits, judged = splice_in(data, cfg.layer, ids, new)[:, data.skip:], []
             for p, row, next_ids in zip(clean, logits, following, strict=True):    # by window, for memory
@@ -2408,11 +2422,18 @@ def measure_synth(cfg):
             for kind, changed in kinds.items() for seed in range(cfg.world_seeds)
             for world in range(1 if "," in kind else cfg.world_worlds)]
     arms, found = {name: {} for name in names}, {kind: [] for kind in kinds}
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count()), work_alone) as pool:
-        for kind, judged in tqdm(pool.imap(in_world, jobs), desc="worlds", total=len(jobs), disable=None):
-            found[kind].append(judged)
-        pool.close()                                      # let the processes end by themselves
-        pool.join()
+    with concurrent.futures.ProcessPoolExecutor(
+            min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"), work_alone) as pool:
+        try:
+            for kind, judged in tqdm(pool.map(in_world, jobs), desc="worlds", total=len(jobs), disable=None):
+                found[kind].append(judged)
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError("a process that trained in a world died, for lack of memory perhaps; the same "
+                            "command goes on after the worlds that are done") from error
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     for kind, judged in found.items():
         for name in judged[0]:
             arms[name][kind] = spread([each[name] for each in judged])
@@ -2553,8 +2574,8 @@ def free_memory(device):
     """Bytes that are free on a device; without bound where the system does not tell."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", pathlib.Path("/proc/meminfo").read_text())[1])
     return math.inf
 
 def project(cfg, config, needs, lm_needs):
@@ -2575,7 +2596,7 @@ def project(cfg, config, needs, lm_needs):
     passes = sum(math.ceil(waves.count(wave) / cfg.at_once) for wave in range(3))
     paths = sum(1 if ARMS[name.partition("@")[0]] is None else 3 for name in needs if NULL not in name)
     T, E, B, F, K = cfg.tokens, cfg.eval_tokens, cfg.batch, cfg.features, cfg.embedding
-    steps, code = cfg.chunk_epochs * math.ceil(T / B), read + max(each for _, each in timed.values())
+    steps, code = cfg.chunk_epochs * math.ceil(T / B), read + np.max([each for _, each in timed.values()])
     small = time_arm(cfg, "sae", K, dict(F=25 * K, k=max(1, K // 2), n=1, K=1))[0]
     rows = torch.randn(min(4096, F), D, device=cfg.device)
     gram = seconds(lambda: gram_stats(rows), cfg.device) * (F / len(rows)) ** 2
@@ -2875,8 +2896,8 @@ def main(argv=None):
                    f"the number of --lr ({str(error).splitlines()[0]})")
     except (UserError, OSError) as error:
         message = str(error)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         message = "out of memory: lower --features, --batch or --chunk, or train fewer arms at a time"
     finally:

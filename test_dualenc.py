@@ -453,7 +453,8 @@ def test_the_core_maths_and_the_modules_can_be_lifted_into_a_file_of_their_own(t
         f"def {name}(" in core or f"class {name}(" in core for name in set(wanted) - set(LIFTED)
     )
     source = (
-        "import concurrent.futures, functools, itertools, warnings\nimport numpy as np\nimport torch\n" + core
+        "import concurrent.futures, functools, itertools, os, warnings\nimport numpy as np\nimport torch\n"
+        + core
     )
     source += "\n\n".join(ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in LIFTED[3:])
     (tmp_path / "lifted.py").write_text(
@@ -1212,6 +1213,44 @@ def test_interrupted_runs_end_with_the_same_weights_also_from_different_steps(
     assert log(run) == log(trained) and not list(run.glob("*.ckpt"))
 
 
+def test_a_rank_without_a_world_is_an_ordinary_process(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # as a job array may leave it
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("joint.*", "results"))
+    assert stage("train", run, "joint") == 0
+    assert same_weights(run / "joint.safetensors", trained / "joint.safetensors")
+
+
+def test_stages_other_than_train_refuse_torchrun_and_a_changed_run_is_noticed(
+    trained, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("results"))
+    cfg = d.resolve(d.parser().parse_args(["recon", "--run", str(run)]))
+    d.write_json(run / "config.json", d.read_json(run / "config.json") | {"world_seeds": 7})
+    with pytest.raises(d.UserError, match="changed by another process"):
+        d.claim_run(cfg)
+    cfg.lock.close()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert stage("recon", run) == 2 and "torchrun is for the stage `train`" in capsys.readouterr().err
+
+
+def test_top_k_works_in_a_forked_child():
+    rows = normal(8, 20, dtype=torch.float32)
+    d.top_k(rows, 3)
+    child = os.fork()
+    if not child:
+        os._exit(int(not torch.equal(d.top_k(rows, 3)[0], rows.topk(3)[0])))
+    for _ in range(500):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, signal.SIGKILL)
+    assert done and status == 0
+
+
 def torchrun(ranks, run, *flags):
     """`train` by that many processes on this machine: a Popen, its output read as text."""
     where = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--", SOURCE]
@@ -1558,6 +1597,9 @@ def test_export_writes_what_other_libraries_load_and_refuses_what_is_no_single_s
             assert stage("export", run, "--arm", name, "--format", form) == 0
             folder = run / "export" / f"{name}-{form}" / ("." if form == "saelens" else "layers.0")
             assert {file.name for file in folder.iterdir()} == files
+    assert (
+        stage("export", run, "--arm", "sae", "--format", "sparsify") == 0
+    )  # again, in the place of the first
     capsys.readouterr()
     for name, reason in (("joint", "n=4 of k=6"), ("residual-sae", "folds into"), ("none", "no trained arm")):
         assert stage("export", run, "--arm", name) == 2
