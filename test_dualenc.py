@@ -2989,7 +2989,7 @@ def test_a_peer_must_differ_in_its_seed_alone(paired, model, text, tmp_path, cap
     for peer, message in (
         (paired, "in its seed"),
         (tmp_path / "other", "nothing else"),
-        (tmp_path / "none", "not an arm"),
+        (tmp_path / "none", "not written by this program"),
     ):
         assert stage("pairs", paired, "--peer", peer) == 2
         assert message in capsys.readouterr().err
