@@ -1152,6 +1152,12 @@ def log_entry(c, epoch, x):
                 magnitude={name: part.abs().mean().item() for name, part in parts.items()},
                 low_norm=(c.model.learner.W_dec.square().sum(1) < 0.2).double().mean().item())
 
+def rewind_log(path, ages):
+    """Drop what a log holds of arms beyond their steps, {arm: step}: what follows is logged again."""
+    old = [entry for entry in read_log(path) if entry["step"] <= ages.get(entry["arm"], math.inf)]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
+
 def train_pass(cfg, data, arms):
     """Train arms, {name: candidates}, side by side over the stream, from where their checkpoints stand.
     Each arm's best becomes ARM.safetensors. UserError, with arm and step, for a value that is not finite."""
@@ -1163,10 +1169,8 @@ def train_pass(cfg, data, arms):
             load_checkpoint(path, candidates, fields)
             print(f"train: {name} goes on at step {candidates[0].step} of {steps}")
     log, ages = cfg.run / "train.jsonl", {c.arm: c.step for c in everyone}
-    if not cfg.rank:                                      # what came after a checkpoint is logged again
-        old = [entry for entry in read_log(log) if entry["step"] <= ages.get(entry["arm"], math.inf)]
-        with replacing(log) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in old))
+    if not cfg.rank:
+        rewind_log(log, ages)
     start, saved, every = min(ages.values()), time.monotonic(), max(1, min(steps // 50, 500))
     batches = activation_batches(data.lm, cfg.layer, data.stream("train"), data.standardiser, plan=plan,
                                  epochs=cfg.chunk_epochs, seed=cfg.seed, skip=data.skip, start=start)
