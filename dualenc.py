@@ -2620,7 +2620,7 @@ def project(cfg, config, needs, lm_needs):
           sep="\n")
 
 def run_plan(cfg):
-    """Stage `plan`: parameters of a run and the memory that it takes."""
+    """Stage `plan`: parameters of a run and the memory that it takes; with --measure, the time as well."""
     from transformers import AutoConfig, AutoModelForCausalLM
     if cfg.model not in LM_CONFIGS and not pathlib.Path(cfg.model).is_dir():
         raise UserError(f"plan knows {', '.join(LM_CONFIGS)} and directories; {cfg.model} is neither")
