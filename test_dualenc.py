@@ -154,6 +154,14 @@ def test_topk_encode_keeps_k_of_equal_values_and_none_of_negative_ones():
             d.topk_encode(torch.ones(2, 1), torch.ones(5, 1), torch.zeros(5), k)
 
 
+def test_topk_encode_of_more_features_than_a_block_holds():
+    x, W, b = normal(5, 4), normal(9000, 4, seed=1), normal(9000, seed=2)
+    values, indices = d.topk_encode(x, W, b, 30)
+    expected = (x @ W.T + b).relu().topk(30)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(indices, expected.indices) and (indices >= 8192).any()
+
+
 @given(seed=seeds, scale=st.floats(0.1, 10))
 def test_topk_encode_follows_permutations_of_features_and_positive_scales(seed, scale):
     x, W, b, order = (
