@@ -5,25 +5,15 @@
 "Feature Integration Spaces: Joint Training Reveals Dual Encoding in Neural Network Representations" (Claflin,
 arXiv 2507.00269, AAAI 2026) holds that activations encode both which features are present (a TopK sparse
 autoencoder, SAE, finds them) and how they combine (a neural factorization machine, NFM, finds that). This
-module implements the paper and prints each of its numbers beside the control that could refute it.
-
-    ./reproduce.sh          the tiny preset on any laptop: language model, activations, every arm, the report
-    ./reproduce.sh test     the tests
-
-Sections, in dependency order; nothing needs a name that stands below it: core maths (TopK encoding, sparse
-decoding, the interaction); modules (TopKSAE, NFM, DualEncoder, the arms, the exact fold); files; presets and
-runs; language model (capture, splice); text; activation stream; evaluation (errors by path, gains with
-intervals); training (one loop); claims (the paper's, as data); a section for each stage that measures:
-reconstruction, kl, structure, secondary, anova, pairs, inspect, ground truth; export; plan; report; command
-line.
+module implements the paper and prints each of its numbers beside the control that could refute it:
+./reproduce.sh runs it all. No section needs a name that stands below it; the README lists them and, under
+"Limits", what is known not to work.
 
 The paper's feature identity is the part "sae" of x_hat here, its linear and nonlinear feature integration are
-the parts "linear" and "interaction".
-
-Letters: B tokens in a batch, T tokens in a window, D width of the residual stream, F features, k
-features kept per token, n of them read by the NFM, K embedding width of the NFM, x (B, D) standardised
-activations, values and indices (B, k) the sparse code: kept feature values (>= 0, descending) and their ids.
-What is known not to work stands in the README under "Limits".
+the parts "linear" and "interaction". Letters: B tokens in a batch, T tokens in a window, D width of the
+residual stream, F features, k features kept per token, n of them read by the NFM, K embedding width of the
+NFM, x (B, D) standardised activations, values and indices (B, k) the sparse code: kept feature values (>= 0,
+descending) and their ids.
 """
 import argparse
 import concurrent.futures
@@ -94,8 +84,7 @@ def sparse_outer(values, indices, x, F):
     """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D)."""
     order, starts = group_by_feature(indices, F)
     return torch.nn.functional.embedding_bag(
-        order // indices.shape[1], x, starts[:-1], mode="sum",
-        per_sample_weights=values.reshape(-1)[order])
+        order // indices.shape[1], x, starts[:-1], mode="sum", per_sample_weights=values.reshape(-1)[order])
 
 def sparse_inner(indices, x, W):
     """x Wᵀ at the entries of a code alone: indices (B, k), x (B, D), W (F, D) -> (B, k). Feature by feature,
@@ -501,12 +490,6 @@ def number(text):
         raise ValueError(text)
     return float(text)
 
-def count(text):
-    """A whole number of at least 1, for a flag."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
 def validate(cfg):
     """Refuse a configuration that cannot run. Raises UserError naming the flag or the field."""
     fields, known = cfg.fields, PRESETS["tiny"] | dict(preset="tiny", seed=0)
@@ -514,8 +497,9 @@ def validate(cfg):
         if type(value) is not type(known.get(name, ())) or (
                 isinstance(value, list) and {*map(type, value)} != {float}):
             raise UserError(f"{cfg.run}/config.json is damaged or of another version, in {name}")
-    rules = {f"--{name.replace('_', '-')} must be at least 1, not {fields[name]}": fields[name] >= 1
-             for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"}
+    counts = [name for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"]
+    rules = {f"--{name.replace('_', '-')} must be at least 1, not {value}": value >= 1
+             for name, value in vars(cfg).items() if name in (*counts, "pairs", "at_once")}
     rules |= {f"--{part} {fields[part]} is more than --{whole} {fields[whole]}": fields[part] <= fields[whole]
               for part, whole in (("k", "features"), ("n", "k"), ("top", "k"))}
     rules |= {f"--{name} takes different rates above 0": min(rates) > 0 and len({*rates}) == len(rates)
@@ -1028,17 +1012,13 @@ def evaluate(models, batches, *, std):
 # same tokens. Each arm is then represented by its best rate on validation documents: at one fixed rate, a
 # comparison of arms is mostly a comparison of step sizes.
 
-def keep_freed_memory():
-    """Have glibc, where that is the C library, keep freed memory for what comes next. Else a step's gradients
-    lie in new pages each time, and at the paper's size touching those takes longer than all of the step."""
-    with contextlib.suppress(AttributeError, OSError):
+def make_optimizer(model, *, lr, eps=1e-8):
+    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass. The process keeps freed memory: else a
+    step's gradients lie in new pages each time, and at the paper's size touching those takes longest."""
+    with contextlib.suppress(AttributeError, OSError):    # where glibc is the C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)                               # M_MMAP_MAX: nothing is mapped by itself
         libc.mallopt(-1, -1)                              # M_TRIM_THRESHOLD: nothing is given back
-
-def make_optimizer(model, *, lr, eps=1e-8):
-    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass. The process keeps freed memory."""
-    keep_freed_memory()
     return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr, eps=eps, fused=True)
 
 def learning_rate(lr, step, steps, decay=0.8):
@@ -1447,22 +1427,18 @@ def capacity_lines(arms):
             "an sae of that error is beyond the sizes trained"))
     return lines
 
-def open_arms(cfg, *, only=(), **options):
-    """What open_data gives, and trained arms of the run, {name: model}: `only` those, or all. UserError if
-    one does not fit the run, or if one of `only`, or `sae`, to compare with, is not there."""
-    for name in only or ("sae",):
-        if not (cfg.run / f"{name}.safetensors").exists():
-            raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
-    data = open_data(cfg, **options)
+def open_arms(cfg, *, only=(), of=(), **options):
+    """What open_data gives, and trained arms of the run, {name: model}: `only` those and, of `of`, those that
+    are there; or all. UserError for one that does not fit; if one of `only`, all of `of`, or `sae` lack."""
     stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
-    names = only or [stem for arm in ARMS for stem in stems
-                     if stem.partition("@")[0] == arm and not stem.endswith(NULL)]
+    names = [*only, *(name for name in of if name in stems)]
+    for name in names or of[:1] or ("sae",):
+        if name not in stems:
+            raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
+    names = names or [stem for arm in ARMS for stem in stems
+                      if stem.partition("@")[0] == arm and not stem.endswith(NULL)]
+    data = open_data(cfg, **options)
     return data, {name: load_arm_of(cfg, name, data.D) for name in names}
-
-def open_pair(cfg, **options):
-    """What open_arms gives of joint and sequential, those of them that were trained."""
-    names = [name for name in ("joint", "sequential") if (cfg.run / f"{name}.safetensors").exists()]
-    return open_arms(cfg, only=names or ["joint"], **options)
 
 def measure_recon(cfg):
     """Stage `recon`: errors of every arm on test documents; claims 1 to 4 beside their controls."""
@@ -1774,7 +1750,7 @@ def secondary_code(secondary, m):
 
 def measure_secondary(cfg):
     """Stage `secondary`: a TopK SAE on the m of joint and of sequential; claim 12 beside its controls."""
-    (data, models), arms = open_pair(cfg), {}
+    (data, models), arms = open_arms(cfg, of=("joint", "sequential")), {}
     for name, model in models.items():
         secondary, mine = secondary_of(cfg, name, model, data)
         replaced = copy.deepcopy(model)                   # its x_int is that of the reconstructed m
@@ -2010,7 +1986,7 @@ def measure_clamps(cfg, data, model, secondary, stimuli, words):
 def measure_anova(cfg):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11 beside its controls."""
     sets, arms = {source: load_stimuli(source) for source in cfg.stimuli.split(",")}, {}
-    data, models = open_pair(cfg, whole=True)
+    data, models = open_arms(cfg, of=("joint", "sequential"), whole=True)
     data.lm.float()                                       # half precision is coarser than the effects
     about = ["Clamping to -4 times. `words` alone shows no integration: any fixed vector moves four lists of "
              "words non-additively.", "Effects proportional to |c - 1| are one observation, however many "
@@ -2132,12 +2108,10 @@ def ranked_pairs(cfg, data, model):
 
 @torch.no_grad()
 def pair_test(cfg, data, model, sae, *, most=50):
-    """The test of integration, for an arm with an interaction: the first `most` pairs of its ranking, a
-    feature in no more than one of them (else they are not independent), against 20 controls each, alike in
-    count and mean values but ranked below. In what `sae` leaves, "whole", and "along" the interaction's
-    direction (p there is too small: the NFM has learned this direction from what TopK left behind), partial
-    R²: medians, permutation p, and how many pass, that is, exceed 0 and all of their controls: by chance, one
-    in 21."""
+    """The test of integration: the first `most` pairs of an arm's ranking that share no feature, for
+    independence, against 20 controls each, alike in count and mean values but ranked below. Partial R² in
+    what `sae` leaves, "whole" and "along" the interaction's direction (p there is too small: TopK's leavings
+    taught it): medians, permutation p, how many pass, beyond 0 and all their controls: by chance 1 in 21."""
     pairs, counts, q, mean = ranked_pairs(cfg, data, model)
     first, seen = [], set()
     for row, pair in enumerate(pairs[:len(pairs) // 2].tolist()):
@@ -2183,21 +2157,16 @@ def agreement(cfg, data, model, peer):
     r = spearmanr(own.cpu(), other.cpu()).statistic if len(pairs) > 2 else math.nan
     return dict(shared=len(pairs), r=None if r != r else float(r))
 
-def load_peer(cfg, model, path):
-    """The arm of another training seed. UserError for one that differs in more than that, or not in that."""
-    peer = load_arm(path).to(cfg.device)
-    ours, theirs = (each.config["run"] | dict(D=each.config["D"], seed=None) for each in (model, peer))
-    if ours != theirs or peer.config["run"]["seed"] == cfg.seed:
-        raise UserError(f"--peer: {path} must differ from this run in its seed, and in nothing else")
-    return peer
-
 def measure_pairs(cfg):
     """Stage `pairs`: does the product of two features predict what `sae` leaves? The test of integration."""
-    names = [name for name in ("joint", "joint-interaction") if (cfg.run / f"{name}.safetensors").exists()]
-    data, models = open_arms(cfg, only=("sae", *names))
-    peers = {(name, peer): load_peer(cfg, models[name], pathlib.Path(peer) / f"{name}.safetensors")
-             for name in names for peer in cfg.peer or ()}
-    sae, about = models.pop("sae"), []
+    data, models = open_arms(cfg, only=("sae",), of=("joint", "joint-interaction"))
+    sae, about, peers = models.pop("sae"), [], {}
+    for name, peer in itertools.product(models, cfg.peer or ()):
+        other = peers[name, peer] = load_arm(pathlib.Path(peer) / f"{name}.safetensors").to(cfg.device)
+        ours, theirs = (each.config["run"] | dict(D=each.config["D"], seed=None)
+                        for each in (models[name], other))
+        if ours != theirs or other.config["run"]["seed"] == cfg.seed:
+            raise UserError(f"--peer: {peer} must differ from this run in its seed, and in nothing else")
     arms = {name: pair_test(cfg, data, model, sae) for name, model in models.items()}
     for name, arm in arms.items():
         chance = arm["tested"] / (1 + arm["controls"])
@@ -2293,10 +2262,9 @@ def measure_inspect(cfg):
 
 class World(torch.nn.Module):
     """x = Σ_i f_i d_i + gamma Σ_{planted (i, j)} f_i f_j c_ij + noise, as the input of a language model's
-    only block. Unit directions d (G, D) and c (planted, D), and pairs (2·planted, 2) with no feature in
-    common, first the planted, then the decoys, come from the seed. An active f_i is uniform in [0.5, 1.5]; it
-    is active by itself with probability `alone`, and together with its partner with probability
-    `together`."""
+    only block. The seed draws unit directions d (G, D) and c (planted, D), and disjoint pairs (2·planted, 2),
+    planted ones first, then decoys. An active f_i is uniform in [0.5, 1.5]; it is active by itself with
+    probability `alone`, and together with its partner with probability `together`."""
     def __init__(self, seed, *, dims, features, planted, gamma, noise, alone, together):
         super().__init__()
         from transformers import PretrainedConfig
@@ -2374,13 +2342,12 @@ def judge_arms(cfg, data, models):
         fires = x.new_zeros(len(x), model.sae.F).scatter_add(1, indices, (values > 0).float())
         conjunction = ((both.T @ fires > 0.5 * both.sum(0)[:, None])
                        & (one.T @ fires < 0.1 * one.sum(0)[:, None])).any(1)
-        bases = {"over sae": "sae", "over sae@matched": "sae@matched"}
-        bases = {"over sae": "sae@2x"} if name.endswith("@2x") else bases
+        bases = ("sae@2x",) if name.endswith("@2x") else ("sae", "sae@matched")
         found[name] = entry = dict(
             mse=mse[name], matched=(cosine[rows, features] >= 0.9).double().mean().item(),
             conjunctions=int(conjunction[:P].sum()), decoy_conjunctions=int(conjunction[P:].sum()),
-            gain={label: 1 - mse[name] / mse[base]
-                  for label, base in bases.items() if base in mse and base != name})
+            gain={f"over {base.removesuffix('@2x')}": 1 - mse[name] / mse[base]
+                  for base in bases if base in mse and base != name})
         if model.nfm:
             mean = count_pairs(model, [(x, torch.zeros_like(ids).flatten())])[2]
             q = pair_interaction(model.nfm, matched[world.pairs], mean) * std
@@ -2394,15 +2361,13 @@ def judge_arms(cfg, data, models):
     return found
 
 def in_world(job):
-    """(label, what judge_arms finds) for a job (label, *arguments of train_in_world), silently."""
+    """(label, what judge_arms finds) for a job (label, *arguments of train_in_world), silently, in a process
+    of its own: on one thread, and Ctrl-C is its parent's business."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     label, *arguments = job
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
         return label, judge_arms(*train_in_world(*arguments))
-
-def work_alone():
-    """Prepare a process that works beside others: one thread; Ctrl-C is its parent's business."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def spread(entries):
     """Of nested dicts of figures, alike: each figure's [median, lowest, highest]; lists are joined."""
@@ -2430,7 +2395,7 @@ def measure_synth(cfg):
             for world in range(1 if "," in kind else cfg.world_worlds)]
     arms, found = {name: {} for name in names}, {kind: [] for kind in kinds}
     with concurrent.futures.ProcessPoolExecutor(
-            min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"), work_alone) as pool:
+            min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         try:
             for kind, judged in tqdm(pool.map(in_world, jobs), desc="worlds", total=len(jobs), disable=None):
                 found[kind].append(judged)
@@ -2855,7 +2820,7 @@ def parser():
             add("asked", nargs="*", metavar="FEATURE",
                 help="12, or s12 for a secondary one (default: the pairs that interact most)")
             add("--arm", default="joint", help="arm to look at (default: joint)")
-            add("--pairs", type=count, default=5, help="how many pairs (default: 5)")
+            add("--pairs", type=int, default=5, help="how many pairs (default: 5)")
         if stage == "export":
             add("--arm", default="sae", help="sae, of any size, or sae-2dec (default: sae)")
             add("--format", choices=("saelens", "sparsify"), default="saelens", help="(default: saelens)")
@@ -2864,7 +2829,7 @@ def parser():
         if stage == "plan":
             add("--measure", action="store_true", help="time a step of each arm here, and project all stages")
         if stage in ("plan", "train"):
-            add("--at-once", type=count, default=9, help="arms in one pass (default: 9)")
+            add("--at-once", type=int, default=9, help="arms in one pass (default: 9)")
         if stage in ("train", "secondary"):
             add("--save-minutes", type=number, default=3, help="between checkpoints (default: 3)")
         add("--preset", help=f"{', '.join(PRESETS)} (default: the run's own, else tiny)")
