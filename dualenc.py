@@ -1501,23 +1501,28 @@ def splice_in(data, layer, ids, new):
     return splice(data.lm, layer, ids,
                   lambda hidden: torch.cat([hidden[:, :data.skip], new.to(hidden.dtype)], 1))
 
+def judge(clean, logits, following):
+    """KL (windows, T) of logits from the log-probabilities `clean`, both (windows, T, vocabulary), and the
+    cross-entropy (windows, T - 1) of the tokens that follow; window by window, for memory."""
+    kl, ce = [], []
+    for p, row, next_ids in zip(clean, logits, following, strict=True):
+        q = log_probabilities(row)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        ce.append(-q[:-1].gather(1, next_ids[:, None])[:, 0])
+    return torch.stack(kl).double(), torch.stack(ce).double()
+
 def measure_kl(cfg):
     """Stage `kl`: KL and cross-entropy with each path spliced in; claims 5 to 7 beside their controls."""
     (data, models), sums = open_arms(cfg, whole=True), {}
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     for ids, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
-        raw, following = capture(data.lm, cfg.layer, ids)[:, data.skip:].float(), ids[:, data.skip + 1:, None]
+        raw, following = capture(data.lm, cfg.layer, ids)[:, data.skip:].float(), ids[:, data.skip + 1:]
         clean = [*map(log_probabilities, data.lm(input_ids=ids, use_cache=False).logits[:, data.skip:])]
         for key, new in replacements(models, data.standardiser, raw, generator):
-            logits, judged = splice_in(data, cfg.layer, ids, new)[:, data.skip:], []
-            for p, row, next_ids in zip(clean, logits, following, strict=True):    # by window, for memory
-                q = log_probabilities(row)
-                judged.append(((p.exp() * (p - q)).sum(-1), -q[:-1].gather(1, next_ids)[:, 0]))
-            kl, ce = (torch.stack(each).double() for each in zip(*judged, strict=True))
+            kl, ce = judge(clean, splice_in(data, cfg.layer, ids, new)[:, data.skip:], following)
             ones = torch.ones_like(kl)
             columns = [part.sum(1) for part in (kl, kl.square(), ones, ce, ones[:, 1:])]
             add_by_document(sums, key, numbers, torch.stack(columns, 1))
-            del logits                                    # else a third such tensor, when the next is made
     return kl_results({key: total.cpu().numpy() for key, total in sums.items()})
 
 def kl_results(sums):
@@ -2502,9 +2507,12 @@ def time_arm(cfg, name, D, sizes):
     dtype, x = getattr(torch, cfg.param_dtype), torch.randn(cfg.batch, D, device=cfg.device)
     parent = DualEncoder(TopKSAE(D, sizes["F"], sizes["k"])) if name in CHILDREN else None
     model = make_arm(name, D=D, parent=parent, **sizes).to(cfg.device, dtype).train()
-    optimizer, numbers = make_optimizer(model, lr=1e-4), torch.zeros_like(x[:, 0], dtype=torch.long)
-    step = seconds(lambda: training_step(model, optimizer, x.to(dtype), autocast=cfg.autocast), cfg.device)
+    several = [copy.deepcopy(model) for _ in range(2 ** 22 // count_parameters(model))] or [model]
+    pairs = [(each, make_optimizer(each, lr=1e-4)) for each in several]    # caches hold no run's candidates
+    step = seconds(lambda: [training_step(*pair, x.to(dtype), autocast=cfg.autocast) for pair in pairs],
+                   cfg.device) / len(pairs)
     models, std = {name: model.float().eval()}, torch.ones(D, device=x.device)
+    numbers = torch.zeros_like(x[:, 0], dtype=torch.long)
     return step, seconds(lambda: evaluate(models, [(x, numbers)], std=std), cfg.device) / len(x)
 
 def time_lm(cfg, config):
@@ -2516,12 +2524,10 @@ def time_lm(cfg, config):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ids = torch.randint(lm.config.get_text_config().vocab_size, (32, cfg.window + 1), device=cfg.device)
     raw, data = capture(lm, cfg.layer, ids)[:, 1:], types.SimpleNamespace(lm=lm, skip=1)
-    clean, long = splice_in(data, cfg.layer, ids, raw), ids.repeat(1, 128)[:16, :128]
-    def judge():
-        logits = splice_in(data, cfg.layer, ids, raw)
-        kl_divergence(clean, logits), torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    long, clean = ids.repeat(1, 128)[:16, :128], log_probabilities(splice_in(data, cfg.layer, ids, raw))
     read, judged = (seconds(each, cfg.device) / ids.numel() for each in (
-        lambda: extract(lm, cfg.layer, ids), judge))
+        lambda: extract(lm, cfg.layer, ids),
+        lambda: judge(clean, splice_in(data, cfg.layer, ids, raw), ids[:, 1:])))
     if cfg.model != "tiny":
         return read, judged, 0.0
     return read, judged, seconds(lambda: lm(input_ids=long, labels=long).loss.backward(), cfg.device)
@@ -2553,6 +2559,7 @@ def free_memory(device):
 def project(cfg, config, needs, lm_needs):
     """Print how long a step of each arm takes on this machine and, projected, each stage of reproduce.sh.
     What needs more than the free memory is not timed: needs {arm: bytes}, lm_needs bytes."""
+    start = time.process_time()                           # imports above all: each stage has them
     D, rates, room, nothing = config.hidden_size, len(cfg.lr), free_memory(cfg.device), (math.nan,) * 3
     sizes = {name: size for name, size in sizes_of(cfg, D).items() if name != "D"}
     read, judged, learn = time_lm(cfg, config) if lm_needs < room else nothing
@@ -2582,6 +2589,7 @@ def project(cfg, config, needs, lm_needs):
         secondary=2 * ((1e5 + T + 3 * E) * code + rates * steps * small),   # of joint and of sequential
         anova=2 * 2 * 600 * 640 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
         pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg))
+    of = {stage: start + each for stage, each in of.items()}
     of["all"] = sum(of.values())
     print(*table(("stage", "minutes"), *(
         (name, f"{each / 60:.1f}" if each == each else "does not fit") for name, each in of.items())),
