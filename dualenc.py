@@ -38,6 +38,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import timeit
 import types
@@ -566,7 +567,7 @@ def claim_run(cfg):
         fcntl.flock(cfg.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"another process is at work on {cfg.run}") from error
-    for stale in cfg.run.glob(".*.tmp"):                  # left by a process that was killed
+    for stale in cfg.run.rglob(".*.tmp"):                 # left by a process that was killed
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     path = cfg.run / "config.json"
     if cfg.stored != (read_json(path) if path.exists() else {}):
@@ -2370,6 +2371,7 @@ def in_world(job):
     of its own: on one thread, and Ctrl-C is its parent's business."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())                      # its own is a semaphore, left behind if we are ended
     label, *arguments = job
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
         return label, judge_arms(*train_in_world(*arguments))
