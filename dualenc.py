@@ -498,9 +498,9 @@ def validate(cfg):
         if type(value) is not type(known.get(name, ())) or (
                 isinstance(value, list) and {*map(type, value)} != {float}):
             raise UserError(f"{cfg.run}/config.json is damaged or of another version, in {name}")
-    counts = [name for name, (kind, *_) in FLAGS.items() if kind is int and name != "layer"]
+    counts = {name for name, (kind, *_) in FLAGS.items() if kind is int} - {"layer"} | {"pairs", "at_once"}
     rules = {f"--{name.replace('_', '-')} must be at least 1, not {value}": value >= 1
-             for name, value in vars(cfg).items() if name in (*counts, "pairs", "at_once")}
+             for name, value in vars(cfg).items() if name in counts}
     rules |= {f"--{part} {fields[part]} is more than --{whole} {fields[whole]}": fields[part] <= fields[whole]
               for part, whole in (("k", "features"), ("n", "k"), ("top", "k"))}
     rules |= {f"--{name} takes different rates above 0": min(rates) > 0 and len({*rates}) == len(rates)
@@ -567,7 +567,7 @@ def claim_run(cfg):
         fcntl.flock(cfg.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"another process is at work on {cfg.run}") from error
-    for stale in cfg.run.rglob(".*.tmp"):                 # left by a process that was killed
+    for stale in cfg.run.glob(".*.tmp"):                  # left by a process that was killed
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     path = cfg.run / "config.json"
     if cfg.stored != (read_json(path) if path.exists() else {}):
@@ -1431,15 +1431,16 @@ def capacity_lines(arms):
 
 def open_arms(cfg, *, only=(), of=(), **options):
     """What open_data gives, and trained arms of the run, {name: model}: `only` those and, of `of`, those that
-    are there; or all. UserError for one that does not fit; if one of `only`, all of `of`, or `sae` lack."""
-    stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
-    names = [*only, *(name for name in of if name in stems)]
-    for name in names or of[:1] or ("sae",):
-        if name not in stems:
+    are there; given neither, all. UserError for one that does not fit the run, or if one of `only`, or, where
+    it is empty, all of `of`, or `sae`, are not there."""
+    there = [name for name in of if (cfg.run / f"{name}.safetensors").exists()]
+    for name in only or there or of[:1] or ("sae",):
+        if not (cfg.run / f"{name}.safetensors").exists():
             raise UserError(f"{cfg.run} has no trained arm {name!r}: run the stage `train` first")
-    names = names or [stem for arm in ARMS for stem in stems
-                      if stem.partition("@")[0] == arm and not stem.endswith(NULL)]
     data = open_data(cfg, **options)
+    stems = sorted(path.stem for path in cfg.run.glob("*.safetensors"))
+    names = [*only, *there] or [stem for arm in ARMS for stem in stems
+                                if stem.partition("@")[0] == arm and not stem.endswith(NULL)]
     return data, {name: load_arm_of(cfg, name, data.D) for name in names}
 
 def measure_recon(cfg):
@@ -2117,8 +2118,9 @@ def ranked_pairs(cfg, data, model):
 def pair_test(cfg, data, model, sae, *, most=50):
     """The test of integration: the first `most` pairs of an arm's ranking that share no feature, for
     independence, against 20 controls each, alike in count and mean values but ranked below. Partial R² in
-    what `sae` leaves, "whole" and "along" the interaction's direction (p there is too small: TopK's leavings
-    taught it): medians, permutation p, how many pass, beyond 0 and all their controls: by chance 1 in 21."""
+    what `sae` leaves, "whole" and "along" the interaction's direction (p there is too small: the NFM learned
+    it from what TopK left): medians, permutation p, how many pass, beyond 0 and all controls: by chance 1 in
+    21."""
     pairs, counts, q, mean = ranked_pairs(cfg, data, model)
     first, seen = [], set()
     for row, pair in enumerate(pairs[:len(pairs) // 2].tolist()):
@@ -2169,11 +2171,12 @@ def measure_pairs(cfg):
     data, models = open_arms(cfg, only=("sae",), of=("joint", "joint-interaction"))
     sae, about, peers = models.pop("sae"), [], {}
     for name, peer in itertools.product(models, cfg.peer or ()):
-        other = peers[name, peer] = load_arm(pathlib.Path(peer) / f"{name}.safetensors").to(cfg.device)
+        path = pathlib.Path(peer) / f"{name}.safetensors"
+        other = peers[name, peer] = load_arm(path).to(cfg.device)
         ours, theirs = (each.config["run"] | dict(D=each.config["D"], seed=None)
                         for each in (models[name], other))
         if ours != theirs or other.config["run"]["seed"] == cfg.seed:
-            raise UserError(f"--peer: {peer} must differ from this run in its seed, and in nothing else")
+            raise UserError(f"--peer: {path} must differ from this run in its seed, and in nothing else")
     arms = {name: pair_test(cfg, data, model, sae) for name, model in models.items()}
     for name, arm in arms.items():
         chance = arm["tested"] / (1 + arm["controls"])
@@ -2495,14 +2498,17 @@ def seconds(function, device="cpu"):
         times.append(timeit.timeit(call, number=1))
     return float(np.median(times[1:]))
 
+IN_NO_CACHE = 2 ** 22   # weights, with gradients and moments 64 MB: what is timed takes turns with others
+
 def time_limit(cfg, D):
     """Seconds of what no training step of `sae` avoids."""
     x, W = (torch.randn(rows, D, device=cfg.device) for rows in (cfg.batch, cfg.features))
-    weights = [torch.nn.Parameter(torch.zeros_like(W)) for _ in range(2)]
+    pre, several = x @ W.T, 1 + IN_NO_CACHE // W.numel()
+    weights = [torch.nn.Parameter(torch.zeros_like(W)) for _ in range(2 * several)]
     for weight in weights:
         weight.grad = torch.zeros_like(W)
-    adam, pre = torch.optim.Adam(weights, fused=True), x @ W.T
-    return seconds(lambda: (x @ W.T, pre.topk(cfg.k), adam.step()), cfg.device)
+    adam = torch.optim.Adam(weights, fused=True)
+    return seconds(lambda: (x @ W.T, pre.topk(cfg.k)), cfg.device) + seconds(adam.step, cfg.device) / several
 
 def time_arm(cfg, name, D, sizes):
     """Seconds of a training step of an arm of make_arm's `sizes` on B random tokens, and of evaluating it on
@@ -2510,8 +2516,8 @@ def time_arm(cfg, name, D, sizes):
     dtype, x = getattr(torch, cfg.param_dtype), torch.randn(cfg.batch, D, device=cfg.device)
     parent = DualEncoder(TopKSAE(D, sizes["F"], sizes["k"])) if name in CHILDREN else None
     model = make_arm(name, D=D, parent=parent, **sizes).to(cfg.device, dtype).train()
-    several = [copy.deepcopy(model) for _ in range(2 ** 22 // count_parameters(model))] or [model]
-    pairs = [(each, make_optimizer(each, lr=1e-4)) for each in several]    # caches hold no run's candidates
+    several = [model] + [copy.deepcopy(model) for _ in range(IN_NO_CACHE // count_parameters(model))]
+    pairs = [(each, make_optimizer(each, lr=1e-4)) for each in several]
     step = seconds(lambda: [training_step(*pair, x.to(dtype), autocast=cfg.autocast) for pair in pairs],
                    cfg.device) / len(pairs)
     models, std = {name: model.float().eval()}, torch.ones(D, device=x.device)
@@ -2583,7 +2589,7 @@ def project(cfg, config, needs, lm_needs):
     rows = torch.randn(min(4096, F), D, device=cfg.device)
     gram = seconds(lambda: gram_stats(rows), cfg.device) * (F / len(rows)) ** 2
     of = dict(
-        lm=cfg.lm_steps * learn,
+        plan=0.0, lm=cfg.lm_steps * learn,
         train=(1e5 + passes * (T + E / 4)) * read         # the standardiser's, every pass's, validation
         + rates * (steps * step + (E / 4 + 50 * B) * forward),              # 50 entries of the log
         recon=E * (2 * read + forward),                   # of activations and of their null twins
@@ -2591,7 +2597,7 @@ def project(cfg, config, needs, lm_needs):
         gram=2 * E * code + 5 * gram,                     # of two arms and five decoders
         secondary=2 * ((1e5 + T + 3 * E) * code + rates * steps * small),   # of joint and of sequential
         anova=2 * 2 * 600 * 640 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
-        pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg))
+        pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg), report=0.0)
     of = {stage: start + each for stage, each in of.items()}
     of["all"] = sum(of.values())
     print(*table(("stage", "minutes"), *(
