@@ -2068,14 +2068,25 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(name, trained, model, text, 
             str, ["joint", "--model", model, "--text", text, "--layer", 1, *SMALL, "--tokens", 10**6]
         )
         command += ["--save-minutes", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(  # a shell's background jobs, and so their children, are deaf to SIGINT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     started = (
         (lambda: (run / "joint.ckpt").exists()) if name == "train" else (lambda: (run / "worlds").exists())
     )
-    while not started() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)  # on an idle machine it takes less than one second
+    try:
+        while not started() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)  # on an idle machine it takes less than one second
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert "the same command goes on" in error and "Traceback" not in error
 
