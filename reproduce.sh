@@ -40,7 +40,7 @@ stage kl                        # half a minute     claims 5 to 7
 stage gram                      # seconds           claims 8 to 10, 13
 stage secondary                 # a minute          claim 12
 stage anova                     # a minute          claim 11
-stage pairs $peer               # half a minute     the pair test of integration, which needs no gain
+stage pairs $peer               # seconds           the pair test of integration, which needs no gain
 stage inspect                   # seconds           the pairs that pass it, in their contexts
 stage synth                     # 4 minutes         worlds whose answer is known: what a gain proves
 stage report                    # seconds           all of it, with figures: runs/PRESET/report.md
