@@ -16,10 +16,10 @@ NFM, x (B, D) standardised activations, values and indices (B, k) the sparse cod
 descending) and their ids.
 """
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -71,6 +71,21 @@ def prefers_dense(W):
     bf16 product takes. In half precision: a CPU has no other."""
     return not W.is_cpu or torch.is_autocast_enabled("cpu") or W.dtype in (torch.float16, torch.bfloat16)
 
+LARGE = 2 ** 25       # bytes: from here on a C library gets memory from the system, anew each time. At the
+# paper's size, touching the new pages of its gradients takes a step longer than all else: so they are kept.
+SPARE = collections.defaultdict(functools.partial(collections.deque, maxlen=4))   # a step takes three
+
+def take_memory(x, *size):
+    """A tensor of a size and of any contents, like x: one that leave_memory kept, if any fits."""
+    with contextlib.suppress(IndexError):
+        return SPARE[x.dtype, size].pop()
+    return x.new_empty(size)
+
+def leave_memory(tensor):
+    """Keep a tensor that nobody reads any more, for take_memory."""
+    if tensor.is_cpu and not tensor.is_inference():       # else it could not be trained with
+        SPARE[tensor.dtype, tuple(tensor.shape)].append(tensor)
+
 def group_by_feature(indices, F):
     """Entries of a code by feature: indices (B, k) -> (order (B·k,), starts (F + 1,)); those of feature i are
     order[starts[i]:starts[i + 1]], as places in the flattened code."""
@@ -81,19 +96,28 @@ def group_by_feature(indices, F):
         order = flat.argsort(stable=True)
     return order, torch.nn.functional.pad(torch.bincount(flat, minlength=F).cumsum(0), (1, 0))
 
-def sparse_outer(values, indices, x, F):
-    """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D)."""
+def csr(starts, columns, entries, size):
+    """A sparse matrix in compressed rows: those of row i are entries[starts[i]:starts[i + 1]]."""
+    with warnings.catch_warnings(action="ignore"):        # torch calls this format a beta
+        return torch.sparse_csr_tensor(starts, columns, entries, size, check_invariants=False)
+
+def sparse_outer(values, indices, x, F, add=None):
+    """Gᵀ x, where the sparse code stands for G (B, F): values, indices (B, k), x (B, D) -> (F, D). add: a
+    matrix to add it to in place."""
     order, starts = group_by_feature(indices, F)
-    return torch.nn.functional.embedding_bag(
-        order // indices.shape[1], x, starts[:-1], mode="sum", per_sample_weights=values.reshape(-1)[order])
+    tokens, entries = order // indices.shape[1], values.reshape(-1)[order]
+    if x.element_size() * F * x.shape[1] < LARGE:         # faster, up to twice, but always in new memory
+        product = torch.nn.functional.embedding_bag(
+            tokens, x, starts[:-1], mode="sum", per_sample_weights=entries)
+        return product if add is None else add.add_(product)
+    out = take_memory(x, F, x.shape[1]) if add is None else add
+    return torch.addmm(out, csr(starts, tokens, entries, (F, len(x))), x, beta=int(out is add), out=out)
 
 def sparse_inner(indices, x, W):
     """x Wᵀ at the entries of a code alone: indices (B, k), x (B, D), W (F, D) -> (B, k). Feature by feature,
     so that a row of W is read once: five times as fast as token by token."""
     order, starts = group_by_feature(indices, len(W))
-    with warnings.catch_warnings(action="ignore"):        # torch calls its CSR format a beta
-        pattern = torch.sparse_csr_tensor(starts, order // indices.shape[1], x.new_zeros(len(order)),
-                                          (len(W), len(x)), check_invariants=False)
+    pattern = csr(starts, order // indices.shape[1], x.new_zeros(len(order)), (len(W), len(x)))
     products = torch.sparse.sampled_addmm(pattern, W, x.T, beta=0.0).values()
     return torch.empty_like(products).index_copy_(0, order, products).view(indices.shape)
 
@@ -116,6 +140,16 @@ def sparse_decode(values, indices, W):
         return values.new_zeros(len(values), len(W)).scatter_add(1, indices, values) @ W
     return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
 
+def linear(x, W, b, *, out):
+    """x Wᵀ + b, written to out: x (B, D), W (F, D), b (F,), out (B, F). On a CPU by oneDNN, which at the
+    paper's size takes 0.43 of the time of MKL, torch's own choice, on an AMD EPYC."""
+    if not x.is_cpu or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.addmm(b, x, W.T, out=out)
+    x, size = x.to_mkldnn(), max(1, 2 ** 19 // max(1, len(x)))
+    for W_part, b_part, part in zip(W.split(size), b.split(size), out.split(size, 1), strict=True):
+        part.copy_(torch.nn.functional.linear(x, W_part, b_part).to_dense())
+    return out
+
 def top_k(rows, k):
     """The k largest of each row, descending: rows (B, F) -> values, indices (B, k). By numpy, whose selection
     takes a third of the time of torch's."""
@@ -130,10 +164,12 @@ def top_k(rows, k):
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, k):
-        pre = x.new_empty(len(x), len(W_enc))
-        for W, b, part in zip(W_enc.split(4096), b_enc.split(4096), pre.split(4096, 1), strict=True):
-            torch.addmm(b, x, W.T, out=part)              # in one piece 1.15 times as long at F = 50,000
-        values, indices = top_k(pre, k)
+        F, found = len(W_enc), []
+        memory = take_memory(x, max(F, LARGE // 4))
+        for some in x.split(len(memory) // F):
+            found.append(top_k(linear(some, W_enc, b_enc, out=memory[:len(some) * F].view(-1, F)), k))
+        leave_memory(memory)
+        values, indices = map(torch.cat, zip(*found, strict=True))
         values.clamp_(min=0)
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
@@ -159,9 +195,29 @@ def topk_encode(x, W_enc, b_enc, k):
         return values.relu(), indices
     return _TopKEncode.apply(x, W_enc, b_enc, k)
 
+class _Interaction(torch.autograd.Function):
+    """fm_interaction, whose gradient needs no second matrix like V."""
+    @staticmethod
+    def forward(ctx, values, indices, V):
+        total = sparse_decode(values, indices, V)
+        squared = torch.square(V, out=take_memory(V, *V.shape))
+        ctx.save_for_backward(values, indices, V, total, squared)
+        return 0.5 * (total.square() - sparse_decode(values.square(), indices, squared))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (values, indices, V, total, squared), grad = ctx.saved_tensors, grad.contiguous()
+        grad_total = grad * total
+        grad_values = sparse_inner(indices, grad_total, V) - values * sparse_inner(indices, grad, squared)
+        leave_memory(squared)
+        grad_V = sparse_outer(-values.square(), indices, grad, len(V)).mul_(V)
+        return grad_values, None, sparse_outer(values, indices, grad_total, len(V), add=grad_V)
+
 def fm_interaction(values, indices, V):
     """z = ½[(Σ_j f_j V_j)² - Σ_j (f_j V_j)²] = Σ_{a<b} f_a f_b V_a∘V_b: (B, n), (B, n), V (F, K) -> (B, K).
     O(n·K) a token. The paper prints the middle term without its outer brackets; its code trains this."""
+    if not prefers_dense(V):
+        return _Interaction.apply(values.contiguous(), indices.contiguous(), V)
     total = sparse_decode(values, indices, V)
     return 0.5 * (total.square() - sparse_decode(values.square(), indices, V.square()))
 
@@ -1014,12 +1070,7 @@ def evaluate(models, batches, *, std):
 # comparison of arms is mostly a comparison of step sizes.
 
 def make_optimizer(model, *, lr, eps=1e-8):
-    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass. The process keeps freed memory: else a
-    step's gradients lie in new pages each time, and at the paper's size touching those takes longest."""
-    with contextlib.suppress(AttributeError, OSError):    # where glibc is the C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)                               # M_MMAP_MAX: nothing is mapped by itself
-        libc.mallopt(-1, -1)                              # M_TRIM_THRESHOLD: nothing is given back
+    """Adam (β 0.9, 0.999) on the trainable weights, in one fused pass."""
     return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=lr, eps=eps, fused=True)
 
 def learning_rate(lr, step, steps, decay=0.8):
@@ -1059,7 +1110,9 @@ def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=
     if norm > 1:
         torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
     optimizer.step()
-    optimizer.zero_grad()                                 # no candidate's gradients outlive its step
+    for grad in (p.grad for p in weights if p.grad.nbytes >= LARGE):
+        leave_memory(grad)
+    optimizer.zero_grad()                                 # no other gradient outlives its step
     return loss
 
 def sizes_of(cfg, D):
@@ -1189,6 +1242,7 @@ def train_pass(cfg, data, arms):
                 save_checkpoint(cfg.run / f"{name}.ckpt", candidates, fields)
             saved = time.monotonic()
 
+    SPARE.clear()                                         # other passes may be of other sizes
     if cfg.rank:                                          # rank 0 writes
         return
     validation = held_out_batches(cfg, data, "validation", math.ceil(cfg.eval_tokens / 4))
@@ -1505,12 +1559,13 @@ def splice_in(data, layer, ids, new):
                   lambda hidden: torch.cat([hidden[:, :data.skip], new.to(hidden.dtype)], 1))
 
 def judge(clean, logits, following):
-    """KL (windows, T) of logits from the log-probabilities `clean`, both (windows, T, vocabulary), and the
-    cross-entropy (windows, T - 1) of the tokens that follow; window by window, for memory."""
+    """KL (windows, T) of logits (windows, T, vocabulary) from `clean`, a window's log-probabilities and
+    probabilities each, and the cross-entropy (windows, T - 1) of the tokens that follow; window by window,
+    for memory."""
     kl, ce = [], []
-    for p, row, next_ids in zip(clean, logits, following, strict=True):
+    for (p, share), row, next_ids in zip(clean, logits, following, strict=True):
         q = log_probabilities(row)
-        kl.append((p.exp() * (p - q)).sum(-1))
+        kl.append((share * (p - q)).sum(-1))
         ce.append(-q[:-1].gather(1, next_ids[:, None])[:, 0])
     return torch.stack(kl).double(), torch.stack(ce).double()
 
@@ -1520,7 +1575,8 @@ def measure_kl(cfg):
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     for ids, numbers in held_out_windows(cfg, data, "test", cfg.kl_tokens):
         raw, following = capture(data.lm, cfg.layer, ids)[:, data.skip:].float(), ids[:, data.skip + 1:]
-        clean = [*map(log_probabilities, data.lm(input_ids=ids, use_cache=False).logits[:, data.skip:])]
+        clean = map(log_probabilities, data.lm(input_ids=ids, use_cache=False).logits[:, data.skip:])
+        clean = [(p, p.exp()) for p in clean]
         for key, new in replacements(models, data.standardiser, raw, generator):
             kl, ce = judge(clean, splice_in(data, cfg.layer, ids, new)[:, data.skip:], following)
             ones = torch.ones_like(kl)
@@ -1575,8 +1631,10 @@ def gram_stats(W, *, block=512):
     F, blocks, largest = len(W), W.split(4096), dict(product=0.0, cosine=0.0)
     squared = torch.cat([rows.square().sum(1) for rows in blocks])
     stats, scale = dict(squared_norms=squared), squared.clamp_min(1e-30).rsqrt()
+    room, none = W.new_empty(min(block, F), F), W.new_zeros(F)
     for at in range(0, F, block):                         # each pair once, no row with itself
-        pairs = W[at:at + block] @ W[at:].T
+        rows = W[at:at + block]
+        pairs = linear(rows, W[at:], none[at:], out=room[:len(rows), at:])
         pairs[:, :block].triu_(1)
         for kind in largest:
             if kind == "cosine":
@@ -2534,6 +2592,7 @@ def time_lm(cfg, config):
     ids = torch.randint(lm.config.get_text_config().vocab_size, (32, cfg.window + 1), device=cfg.device)
     raw, data = capture(lm, cfg.layer, ids)[:, 1:], types.SimpleNamespace(lm=lm, skip=1)
     long, clean = ids.repeat(1, 128)[:16, :128], log_probabilities(splice_in(data, cfg.layer, ids, raw))
+    clean = [(p, p.exp()) for p in clean]
     read, judged = (seconds(each, cfg.device) / ids.numel() for each in (
         lambda: extract(lm, cfg.layer, ids),
         lambda: judge(clean, splice_in(data, cfg.layer, ids, raw), ids[:, 1:])))

@@ -197,6 +197,84 @@ def test_sparse_decode_and_outer_against_dense_products(B, F, width, seed, data)
     torch.testing.assert_close(d.sparse_outer(values, indices, x, F), dense(values, indices, F).T @ x)
 
 
+@pytest.fixture
+def all_large(monkeypatch):
+    """Every matrix counts as so large that its memory is used again, and a batch is encoded row by row."""
+    monkeypatch.setattr(d, "LARGE", 0)
+    d.SPARE.clear()
+    yield
+    d.SPARE.clear()
+
+
+def test_a_large_outer_product_is_written_to_the_memory_that_was_left(all_large):
+    values, indices = random_code(5, 9, 4)
+    x, left = normal(5, 3, seed=1), torch.full((9, 3), math.nan, dtype=torch.float64)
+    exact = dense(values, indices, 9).T @ x
+    d.leave_memory(left)
+    found = d.sparse_outer(values, indices, x, 9)
+    assert found is left
+    torch.testing.assert_close(found, exact)
+    assert d.sparse_outer(values, indices, x, 9) is not left  # it is in use now
+    for large in (0, 2**25):
+        d.LARGE, more = large, normal(9, 3, seed=2)  # the fixture puts LARGE back
+        torch.testing.assert_close(d.sparse_outer(values, indices, x, 9, add=more.clone()), exact + more)
+
+
+def test_large_matrices_train_like_small_ones_and_their_memory_stays_bounded(monkeypatch):
+    names = ("sae", "joint", "joint-mlp", "sae-2dec", "sae@40", "residual-sae")
+    found = []
+    for large in (2**25, 0):
+        monkeypatch.setattr(d, "LARGE", large)
+        d.SPARE.clear()
+        models, kept = [arm(name) for name in names], []
+        optimizers = [d.make_optimizer(model, lr=3e-3) for model in models]
+        for step in range(12):  # in turn: one takes what another left
+            x = normal(9, 6, seed=step, dtype=torch.float32)
+            losses = [d.training_step(*pair, x) for pair in zip(models, optimizers, strict=True)]
+            kept.append({size: len(memory) for size, memory in d.SPARE.items()})
+        assert kept[5] == kept[-1] and max(kept[-1].values()) <= 4
+        found.append(losses + [p.detach() for model in models for p in model.parameters()])
+    d.SPARE.clear()
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(large, small, rtol=2e-4, atol=2e-6)
+
+
+def test_kept_memory_is_neither_read_nor_overwritten_while_in_use(all_large):
+    values, indices = random_code(4, 9, 3)
+    others, V = 1 + values.flip(0), normal(9, 2, seed=3).requires_grad_()
+    loss = d.fm_interaction(values, indices, V).sum() + d.fm_interaction(others, indices, V).square().sum()
+    slow = (
+        d.fm_interaction_pairwise(values, indices, V).sum()
+        + d.fm_interaction_pairwise(others, indices, V).square().sum()
+    )
+    (exact,) = torch.autograd.grad(slow, V)
+    loss.backward(retain_graph=True)
+    first = V.grad
+    torch.testing.assert_close(first, exact)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # V * V lay where the gradient is now
+    V.grad = None
+    d.fm_interaction(values, indices, V).sum().backward()
+    torch.testing.assert_close(first, exact)  # nobody gave it back
+    with torch.inference_mode():
+        d.topk_encode(normal(3, 2), V, normal(9), 2)
+    d.topk_encode(normal(3, 2), V, normal(9), 2)[0].sum().backward()  # refused in an inference tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("without", [False, True])
+def test_linear_is_the_product_of_any_size_into_any_memory(dtype, without, monkeypatch):
+    if without:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for B, F, D in ((0, 5, 3), (1, 1, 1), (3, 700_000, 2), (60, 30, 40), (700, 900, 3)):
+        x, W, b = (normal(*size, dtype=dtype) for size in ((B, D), (F, D), (F,)))
+        wide = torch.full((B, F + 7), math.nan, dtype=dtype)
+        found = d.linear(x, W, b, out=wide[:, 3:-4])
+        assert found.data_ptr() == wide[:, 3:].data_ptr() and wide[:, :3].isnan().all()
+        exact = x.double() @ W.double().T + b.double()
+        torch.testing.assert_close(wide[:, 3:-4].double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @given(B=st.integers(1, 6), F=st.integers(1, 15), width=st.integers(1, 4), seed=seeds, data=st.data())
 def test_sparse_products_read_only_the_entries_of_the_code(B, F, width, seed, data):
     _, indices = random_code(B, F, data.draw(st.integers(1, F)), seed)
@@ -461,8 +539,8 @@ def test_the_core_maths_and_the_modules_can_be_lifted_into_a_file_of_their_own(t
         f"def {name}(" in core or f"class {name}(" in core for name in set(wanted) - set(LIFTED)
     )
     source = (
-        "import concurrent.futures, functools, itertools, os, warnings\nimport numpy as np\nimport torch\n"
-        + core
+        "import collections, concurrent.futures, contextlib, functools, itertools, os, warnings\n"
+        "import numpy as np\nimport torch\n" + core
     )
     source += "\n\n".join(ast.get_source_segment(SOURCE.read_text(), tree[name]) for name in LIFTED[3:])
     (tmp_path / "lifted.py").write_text(
