@@ -2542,24 +2542,25 @@ def run_export(cfg):
 
 # ------------------------------------------------------------------------------------------ plan
 # What a run costs, before anything is downloaded. --measure times a step of each arm beside its limit, what
-# no exact one avoids: the encoder's product, torch's TopK, an Adam pass over the SAE's weights. From these
-# times and a random language model's it projects those of the stages; text is taken to cost nothing.
+# no exact one goes without: the encoder's product and TopK, each by torch's usual function, and an Adam pass
+# over the SAE's weights. From these times and a random language model's it projects those of the stages; text
+# is taken to cost nothing.
 
-def seconds(function, device="cpu"):
-    """Median time of three calls, or of as many as half a second holds, after one that does not count."""
+def seconds(function, device="cpu", least=1.5):
+    """Median time of a call, in the latter half of four or of as many as `least` seconds hold."""
     def call():
         function()
         if device != "cpu":
             torch.cuda.synchronize(device)
-    times = [timeit.timeit(call, number=1)]
-    while len(times) < 4 or sum(times) < 0.5:
+    times = []
+    while len(times) < 4 or sum(times) < least:
         times.append(timeit.timeit(call, number=1))
-    return float(np.median(times[1:]))
+    return float(np.median(times[len(times) // 2:]))
 
 IN_NO_CACHE = 2 ** 22   # weights, with gradients and moments 64 MB: what is timed takes turns with others
 
 def time_limit(cfg, D):
-    """Seconds of what no training step of `sae` avoids."""
+    """Seconds of what no training step of `sae` goes without."""
     x, W = (torch.randn(rows, D, device=cfg.device) for rows in (cfg.batch, cfg.features))
     pre, several = x @ W.T, 1 + IN_NO_CACHE // W.numel()
     weights = [torch.nn.Parameter(torch.zeros_like(W)) for _ in range(2 * several)]
@@ -2598,7 +2599,7 @@ def time_lm(cfg, config):
         lambda: judge(clean, splice_in(data, cfg.layer, ids, raw), ids[:, 1:])))
     if cfg.model != "tiny":
         return read, judged, 0.0
-    return read, judged, seconds(lambda: lm(input_ids=long, labels=long).loss.backward(), cfg.device)
+    return read, judged, seconds(lambda: lm(input_ids=long, labels=long).loss.backward(), cfg.device, least=5)
 
 def time_worlds(cfg):
     """Seconds of stage `synth`: its jobs, one thread each, on all cores."""
@@ -2655,12 +2656,12 @@ def project(cfg, config, needs, lm_needs):
         kl=cfg.kl_tokens * (2 * read + 2 * (1 + paths) * judged),           # and as many random errors
         gram=2 * E * code + 5 * gram,                     # of two arms and five decoders
         secondary=2 * ((1e5 + T + 3 * E) * code + rates * steps * small),   # of joint and of sequential
-        anova=2 * 2 * 600 * 640 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
+        anova=2 * 2 * 550 * 840 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
         pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg), report=0.0)
     of = {stage: start + each for stage, each in of.items()}
     of["all"] = sum(of.values())
     print(*table(("stage", "minutes"), *(
-        (name, f"{each / 60:.1f}" if each == each else "does not fit") for name, each in of.items())),
+        (name, f"{each / 60:.2f}" if each == each else "does not fit") for name, each in of.items())),
           sep="\n")
 
 def run_plan(cfg):
