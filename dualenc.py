@@ -25,6 +25,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -71,19 +72,19 @@ def prefers_dense(W):
     bf16 product takes. In half precision: a CPU has no other."""
     return not W.is_cpu or torch.is_autocast_enabled("cpu") or W.dtype in (torch.float16, torch.bfloat16)
 
-LARGE = 2 ** 25       # bytes: from here on a C library gets memory from the system, anew each time. At the
-# paper's size, touching the new pages of its gradients takes a step longer than all else: so they are kept.
-SPARE = collections.defaultdict(functools.partial(collections.deque, maxlen=4))   # a step takes three
+LARGE = 2 ** 25       # bytes: from here on glibc gets memory from the system, anew each time. At the paper's
+# size, touching the new pages of its gradients takes a step longer than all else: so SPARE keeps such memory.
+SPARE = collections.defaultdict(functools.partial(collections.deque, maxlen=4))   # a step needs three
 
 def take_memory(x, *size):
-    """A tensor of a size and of any contents, like x: one that leave_memory kept, if any fits."""
+    """A tensor like x, of a size and of any contents: one that leave_memory kept, if any fits."""
     with contextlib.suppress(IndexError):
         return SPARE[x.dtype, size].pop()
     return x.new_empty(size)
 
 def leave_memory(tensor):
-    """Keep a tensor that nobody reads any more, for take_memory."""
-    if tensor.is_cpu and not tensor.is_inference():       # else it could not be trained with
+    """Keep a tensor that nobody will read any more for take_memory, if it is large."""
+    if tensor.nbytes >= LARGE and not tensor.is_inference():      # else it could not be trained with
         SPARE[tensor.dtype, tuple(tensor.shape)].append(tensor)
 
 def group_by_feature(indices, F):
@@ -128,6 +129,7 @@ class _SparseDecode(torch.autograd.Function):
         return torch.nn.functional.embedding_bag(indices, W, mode="sum", per_sample_weights=values)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (values, indices, W), grad, needs = ctx.saved_tensors, grad.contiguous(), ctx.needs_input_grad
         return (sparse_inner(indices, grad, W) if needs[0] else None, None,
@@ -141,11 +143,11 @@ def sparse_decode(values, indices, W):
     return _SparseDecode.apply(values.contiguous(), indices.contiguous(), W)
 
 def linear(x, W, b, *, out):
-    """x Wᵀ + b, written to out: x (B, D), W (F, D), b (F,), out (B, F). On a CPU by oneDNN, which at the
-    paper's size takes 0.43 of the time of MKL, torch's own choice, on an AMD EPYC."""
+    """x Wᵀ + b, written to out: x (B, D), W (F, D), b (F,), out (B, F). In float32 on a CPU by oneDNN, which
+    at the paper's size takes 0.43 of the time of MKL, torch's own choice, on an AMD EPYC."""
     if not x.is_cpu or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return torch.addmm(b, x, W.T, out=out)
-    x, size = x.to_mkldnn(), max(1, 2 ** 19 // max(1, len(x)))
+    size, x, b = max(1, 2 ** 19 // max(1, len(x))), x.to_mkldnn(), b.contiguous()   # else it is read wrongly
     for W_part, b_part, part in zip(W.split(size), b.split(size), out.split(size, 1), strict=True):
         part.copy_(torch.nn.functional.linear(x, W_part, b_part).to_dense())
     return out
@@ -176,12 +178,14 @@ class _TopKEncode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        x, W_enc, values, indices = ctx.saved_tensors
+        (x, W_enc, values, indices), needs = ctx.saved_tensors, ctx.needs_input_grad
         grad = grad * (values > 0)                        # ReLU passes nothing at or below 0
-        grad_x = sparse_decode(grad, indices, W_enc) if ctx.needs_input_grad[0] else None
-        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, indices.reshape(-1), grad.reshape(-1))
-        return grad_x, sparse_outer(grad, indices, x, len(W_enc)), grad_b, None
+        grad_x = sparse_decode(grad, indices, W_enc) if needs[0] else None
+        grad_W = sparse_outer(grad, indices, x, len(W_enc)) if needs[1] else None
+        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), grad.flatten())
+        return grad_x, grad_W, grad_b, None
 
 def topk_encode(x, W_enc, b_enc, k):
     """TopK_k(ReLU(x W_encᵀ + b_enc)): x (B, D), W_enc (F, D), b_enc (F,) -> values, indices (B, k).
@@ -196,26 +200,33 @@ def topk_encode(x, W_enc, b_enc, k):
     return _TopKEncode.apply(x, W_enc, b_enc, k)
 
 class _Interaction(torch.autograd.Function):
-    """fm_interaction, whose gradient needs no second matrix like V."""
+    """fm_interaction with a gradient of its own, in which nothing as large as V lies in new memory."""
     @staticmethod
     def forward(ctx, values, indices, V):
-        total = sparse_decode(values, indices, V)
-        squared = torch.square(V, out=take_memory(V, *V.shape))
-        ctx.save_for_backward(values, indices, V, total, squared)
-        return 0.5 * (total.square() - sparse_decode(values.square(), indices, squared))
+        total, squared = sparse_decode(values, indices, V), torch.square(V, out=take_memory(V, *V.shape))
+        ctx.save_for_backward(values, indices, V, total)
+        z = 0.5 * (total.square() - sparse_decode(values.square(), indices, squared))
+        leave_memory(squared)
+        return z
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (values, indices, V, total, squared), grad = ctx.saved_tensors, grad.contiguous()
-        grad_total = grad * total
-        grad_values = sparse_inner(indices, grad_total, V) - values * sparse_inner(indices, grad, squared)
-        leave_memory(squared)
-        grad_V = sparse_outer(-values.square(), indices, grad, len(V)).mul_(V)
-        return grad_values, None, sparse_outer(values, indices, grad_total, len(V), add=grad_V)
+        (values, indices, V, total), needs, grad = ctx.saved_tensors, ctx.needs_input_grad, grad.contiguous()
+        grad_total, grad_values, grad_V = grad * total, None, None
+        if needs[0]:
+            squared = torch.square(V, out=take_memory(V, *V.shape))
+            grad_values = sparse_inner(indices, grad_total, V) - values * sparse_inner(indices, grad, squared)
+            leave_memory(squared)
+        if needs[2]:
+            grad_V = sparse_outer(-values.square(), indices, grad, len(V)).mul_(V)
+            grad_V = sparse_outer(values, indices, grad_total, len(V), add=grad_V)
+        return grad_values, None, grad_V
 
 def fm_interaction(values, indices, V):
     """z = ½[(Σ_j f_j V_j)² - Σ_j (f_j V_j)²] = Σ_{a<b} f_a f_b V_a∘V_b: (B, n), (B, n), V (F, K) -> (B, K).
-    O(n·K) a token. The paper prints the middle term without its outer brackets; its code trains this."""
+    O(n·K) a token. The paper prints the middle term without its outer brackets; its code trains this.
+    Differentiable (on a CPU once) in values and V."""
     if not prefers_dense(V):
         return _Interaction.apply(values.contiguous(), indices.contiguous(), V)
     total = sparse_decode(values, indices, V)
@@ -752,7 +763,6 @@ def load_lm(path, *, device="cpu", layer=None):
 def docstring_corpus():
     """Docstrings of the installed numpy, scipy and torch, one document a source file: an iterator."""
     import ast
-    import importlib.util
     files, seen = [], set()
     for package in ("numpy", "scipy", "torch"):
         files += sorted(pathlib.Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
@@ -1087,7 +1097,7 @@ def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=
     """One step of a DualEncoder on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1; returns that
     loss. autocast: its matrix products in bfloat16. Where torch.distributed runs, every process is given the
     whole of x and takes its share of the rows. Raises FloatingPointError, before any weight has changed, if
-    loss or gradient is not finite."""
+    loss or gradient is not finite. The next step overwrites large gradients: a hook copies what it keeps."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     shared, size = torch.distributed.is_initialized(), x.numel()
     if shared:
@@ -1110,9 +1120,11 @@ def training_step(model, optimizer, x, *, generator=None, counts=None, autocast=
     if norm > 1:
         torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
     optimizer.step()
-    for grad in (p.grad for p in weights if p.grad.nbytes >= LARGE):
-        leave_memory(grad)
-    optimizer.zero_grad()                                 # no other gradient outlives its step
+    grads = [p.grad for p in weights]
+    optimizer.zero_grad()                                 # no candidate's gradients outlive its step
+    for p, grad in zip(weights, grads, strict=True):
+        if p.grad is None and not (autocast or prefers_dense(p)):
+            leave_memory(grad)
     return loss
 
 def sizes_of(cfg, D):
@@ -2579,6 +2591,7 @@ def time_arm(cfg, name, D, sizes):
     pairs = [(each, make_optimizer(each, lr=1e-4)) for each in several]
     step = seconds(lambda: [training_step(*pair, x.to(dtype), autocast=cfg.autocast) for pair in pairs],
                    cfg.device) / len(pairs)
+    SPARE.clear()
     models, std = {name: model.float().eval()}, torch.ones(D, device=x.device)
     numbers = torch.zeros_like(x[:, 0], dtype=torch.long)
     return step, seconds(lambda: evaluate(models, [(x, numbers)], std=std), cfg.device) / len(x)
@@ -2628,7 +2641,9 @@ def free_memory(device):
 def project(cfg, config, needs, lm_needs):
     """Print how long a step of each arm takes on this machine and, projected, each stage of reproduce.sh.
     What needs more than the free memory is not timed: needs {arm: bytes}, lm_needs bytes."""
-    start = time.process_time()                           # imports above all: each stage has them
+    for package in ("datasets", "scipy.stats"):           # which stages import
+        importlib.import_module(package)
+    start = time.process_time()
     D, rates, room, nothing = config.hidden_size, len(cfg.lr), free_memory(cfg.device), (math.nan,) * 3
     sizes = {name: size for name, size in sizes_of(cfg, D).items() if name != "D"}
     read, judged, learn = time_lm(cfg, config) if lm_needs < room else nothing
@@ -2648,16 +2663,19 @@ def project(cfg, config, needs, lm_needs):
     small = time_arm(cfg, "sae", K, dict(F=25 * K, k=max(1, K // 2), n=1, K=1))[0]
     rows = torch.randn(min(4096, F), D, device=cfg.device)
     gram = seconds(lambda: gram_stats(rows), cfg.device) * (F / len(rows)) ** 2
+    norms = np.random.default_rng(0).random((3, F))
+    shares, modes = (seconds(each, least=0) for each in (
+        lambda: norm_shares(*norms, norms[1:]), lambda: find_modes(norms[0])))
     of = dict(
         plan=0.0, lm=cfg.lm_steps * learn,
         train=(1e5 + passes * (T + E / 4)) * read         # the standardiser's, every pass's, validation
         + rates * (steps * step + (E / 4 + 50 * B) * forward),              # 50 entries of the log
         recon=E * (2 * read + forward),                   # of activations and of their null twins
         kl=cfg.kl_tokens * (2 * read + 2 * (1 + paths) * judged),           # and as many random errors
-        gram=2 * E * code + 5 * gram,                     # of two arms and five decoders
+        gram=3 * E * code + 5 * gram + 4 * modes + shares,                  # of two arms and five decoders
         secondary=2 * ((1e5 + T + 3 * E) * code + rates * steps * small),   # of joint and of sequential
         anova=2 * 2 * 550 * 840 * judged,                 # arms, stimuli, clamps with nulls, tokens of texts
-        pairs=6 * E * code, inspect=2 * E * code, synth=time_worlds(cfg), report=0.0)
+        pairs=9 * E * code, inspect=2 * E * code, synth=time_worlds(cfg), report=0.0)
     of = {stage: start + each for stage, each in of.items()}
     of["all"] = sum(of.values())
     print(*table(("stage", "minutes"), *(

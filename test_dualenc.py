@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import types
 
 import numpy as np
@@ -241,24 +242,89 @@ def test_large_matrices_train_like_small_ones_and_their_memory_stays_bounded(mon
 
 def test_kept_memory_is_neither_read_nor_overwritten_while_in_use(all_large):
     values, indices = random_code(4, 9, 3)
-    others, V = 1 + values.flip(0), normal(9, 2, seed=3).requires_grad_()
-    loss = d.fm_interaction(values, indices, V).sum() + d.fm_interaction(others, indices, V).square().sum()
-    slow = (
-        d.fm_interaction_pairwise(values, indices, V).sum()
-        + d.fm_interaction_pairwise(others, indices, V).square().sum()
-    )
-    (exact,) = torch.autograd.grad(slow, V)
-    loss.backward(retain_graph=True)
-    first = V.grad
-    torch.testing.assert_close(first, exact)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()  # V * V lay where the gradient is now
-    V.grad = None
-    d.fm_interaction(values, indices, V).sum().backward()
-    torch.testing.assert_close(first, exact)  # nobody gave it back
+    values, V = values.requires_grad_(), normal(9, 2, seed=3).requires_grad_()
+
+    def loss(function):
+        return function(values, indices, V).sum() + function(1 + values.flip(0), indices, V).square().sum()
+
+    exact = torch.autograd.grad(loss(d.fm_interaction_pairwise), (values, V))
+    graph, found = loss(d.fm_interaction), []
+    for _ in range(3):  # one graph, run again; another one in between
+        found.append(torch.autograd.grad(graph, (values, V), retain_graph=True))
+        loss(d.fm_interaction).backward()
+    for each in found:
+        for one, other in zip(each, exact, strict=True):
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(V.grad, 3 * exact[1])
     with torch.inference_mode():
         d.topk_encode(normal(3, 2), V, normal(9), 2)
     d.topk_encode(normal(3, 2), V, normal(9), 2)[0].sum().backward()  # refused in an inference tensor
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_gradient_that_the_optimizer_keeps_is_not_overwritten(all_large, keeps, monkeypatch):
+    class Plain(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            super().zero_grad(set_to_none=not keeps)
+
+    losses = []
+    for large in (0, 2**25):
+        monkeypatch.setattr(d, "LARGE", large)
+        d.SPARE.clear()
+        model = arm("joint")
+        optimizer = Plain(model.parameters(), lr=0.1)
+        losses.append(
+            [
+                d.training_step(model, optimizer, normal(9, 6, seed=seed, dtype=torch.float32)).item()
+                for seed in range(8)
+            ]
+        )
+        assert (sum(map(len, d.SPARE.values())) > 1) == (not keeps and not large)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_what_the_dense_way_leaves_is_not_kept(monkeypatch):
+    monkeypatch.setattr(d, "LARGE", 0)
+    d.SPARE.clear()
+    for dtype, autocast in ((torch.float16, False), (torch.float32, True)):
+        model = arm("joint").to(dtype)
+        d.training_step(model, d.make_optimizer(model, lr=1e-3), normal(9, 6, dtype=dtype), autocast=autocast)
+    assert not any(d.SPARE.values())
+
+
+def test_nobody_pays_for_the_gradient_of_what_is_frozen(monkeypatch):
+    values, indices = random_code(4, 9, 3)
+    V, x, W, b = normal(9, 2, seed=3), normal(4, 2), normal(9, 2, seed=4), normal(9, seed=5)
+    called = []
+    for name in ("sparse_inner", "sparse_outer"):
+        function = getattr(d, name)
+        monkeypatch.setattr(
+            d, name, lambda *a, name=name, function=function, **k: called.append(name) or function(*a, **k)
+        )
+    wanted = {"sparse_inner": values, "sparse_outer": V}
+    for name, leaf in wanted.items():
+        called.clear()
+        leaf.requires_grad_()
+        d.fm_interaction(values, indices, V).sum().backward()
+        assert set(called) == {name}
+        leaf.requires_grad_(False)
+    called.clear()
+    d.topk_encode(x.requires_grad_(), W, b, 3)[0].sum().backward()
+    assert not called and x.grad.abs().sum() > 0
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    values, indices = random_code(4, 9, 3)
+    V, x, b = (normal(*size).requires_grad_() for size in ((9, 2), (4, 2), (9,)))
+    values.requires_grad_()
+    for output, leaf in (
+        (d.fm_interaction(values, indices, V), V),
+        (d.sparse_decode(values, indices, V), V),
+        (d.topk_encode(x, V, b, 3)[0], x),
+    ):
+        (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.square().sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -267,7 +333,8 @@ def test_linear_is_the_product_of_any_size_into_any_memory(dtype, without, monke
     if without:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     for B, F, D in ((0, 5, 3), (1, 1, 1), (3, 700_000, 2), (60, 30, 40), (700, 900, 3)):
-        x, W, b = (normal(*size, dtype=dtype) for size in ((B, D), (F, D), (F,)))
+        x, W, b = (normal(*size, dtype=dtype) for size in ((B, D), (F, D), (F, 2)))
+        b = b[:, 1]  # every other number of its memory
         wide = torch.full((B, F + 7), math.nan, dtype=dtype)
         found = d.linear(x, W, b, out=wide[:, 3:-4])
         assert found.data_ptr() == wide[:, 3:].data_ptr() and wide[:, :3].isnan().all()
@@ -1713,7 +1780,26 @@ def test_sae_lens_and_sparsify_load_what_is_exported(trained, tmp_path, name):
 # ---- plan and command line
 
 
-def test_plan_measures_steps_and_projects_every_stage(capsys, tmp_path, model):
+@pytest.fixture
+def measured_once(monkeypatch):
+    """Of `plan --measure`: each thing is timed by a single call."""
+
+    def seconds(function, device="cpu", least=0):
+        return timeit.timeit(function, number=1)
+
+    monkeypatch.setattr(d, "seconds", seconds)
+
+
+def test_seconds_is_the_median_of_the_later_calls(monkeypatch):
+    clock = iter([9, 9, 1, 3, 2, 9, 9, 1, 1, 1, 1])
+    monkeypatch.setattr(timeit, "timeit", lambda call, number: next(clock))
+    assert d.seconds(None) == 2  # of 1 and 3
+    clock = iter([0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125])
+    monkeypatch.setattr(timeit, "timeit", lambda call, number: next(clock))
+    assert d.seconds(None, least=2) == 0.1875  # seven calls hold two seconds
+
+
+def test_plan_measures_steps_and_projects_every_stage(capsys, tmp_path, model, measured_once):
     small = ["--model", model, "--layer", 1, *SMALL, "--measure"]
     assert stage("plan", tmp_path / "run", "sae", "joint", "sequential", "joint~null", *small) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[8:]}
@@ -1724,7 +1810,7 @@ def test_plan_measures_steps_and_projects_every_stage(capsys, tmp_path, model):
     assert stages < set(rows) and float(rows["all"][0]) >= 0
 
 
-def test_plan_does_not_time_what_does_not_fit(capsys, tmp_path, model, monkeypatch):
+def test_plan_does_not_time_what_does_not_fit(capsys, tmp_path, model, monkeypatch, measured_once):
     monkeypatch.setattr(d, "free_memory", lambda device: 0)
     assert stage("plan", tmp_path / "run", "joint", "--model", model, "--layer", 1, *SMALL, "--measure") == 0
     assert "does not fit" in capsys.readouterr().out
