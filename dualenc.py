@@ -12,10 +12,10 @@ integrated, and beside a fair comparison.
     python dualenc.py train --run runs/mine --model PATH_OR_HUB_ID --layer 3 --text mine.txt
     python dualenc.py recon --run runs/mine           then kl, gram, secondary, anova, report
 
-One letter, one meaning: B tokens in a batch; T tokens in a window; D width of the residual stream;
-F features of the SAE; k features kept per token; n how many of the k the NFM reads, the largest; K
-embedding width of the NFM; x (B, D) standardised activations; values, indices (B, k) the sparse
-code: kept feature values, descending and >= 0, and their ids.
+Letters in shapes: B tokens in a batch; N held-out tokens; W windows of T tokens; D width of the
+residual stream; F features of the SAE; k features kept per token; n how many of the k the NFM
+reads, the largest; K embedding width of the NFM; x (B, D) standardised activations; values,
+indices (B, k) the sparse code: kept feature values, descending and >= 0, and their ids.
 
 Never run on a GPU, nor with OpenLLaMA's weights; intervals are over documents, not over seeds.
 """
@@ -319,7 +319,7 @@ class Config:
     text: str = setting("docstrings", "docstrings, .txt, .jsonl or .parquet file, HUB_ID:CONFIG")
     layer: int = setting(2, "block whose input is read, from 0")
     window: int = setting(50, "T, tokens in a window")
-    tokens: int = setting(800_000, "tokens to train on")
+    tokens: int = setting(600_000, "tokens to train on")
     chunk: int = setting(100_000, "tokens whose activations are held at once")
     lm_steps: int = setting(840, "training steps of the tiny language model")
     features: int = setting(1024, "F, features of the SAE")
@@ -332,7 +332,7 @@ class Config:
     lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "rates; each arm keeps its best")
     param_dtype: str = setting("float32", "of weights in training")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
-    at_once: int = setting(0, "arms × rates that share a pass over the text; 0: all", "train")
+    at_once: int = setting(0, "rates of an arm that share a pass; 0: all, of all arms", "train")
     eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon gram secondary")
     kl_tokens: int = setting(20_000, "held-out tokens to splice", "kl")
     stimuli: str = setting("docs", "texts of two factors: docs, formality-emotion", "anova")
@@ -356,7 +356,7 @@ PRESETS = {
 
 def check_settings(cfg):
     """Refuse settings that cannot work: a UserError that names the flag."""
-    least = dict(layer=0, seed=0, at_once=0, window=2)
+    least = dict(layer=0, seed=0, at_once=0, window=2, lm_steps=11)
     for name, value in vars(cfg).items():
         if isinstance(value, int) and value < least.get(name, 1):
             raise UserError(f"--{name.replace('_', '-')} {value} is less than {least.get(name, 1)}")
@@ -466,7 +466,7 @@ def docstring_corpus():
     for package in ("numpy", "scipy", "torch"):
         root = Path(importlib.util.find_spec(package).origin).parent
         for file in sorted(root.rglob("*.py")):
-            if {"tests", "testing"} & set(file.parts):
+            if {"tests", "testing"} & set(file.relative_to(root).parts):
                 continue
             with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):
                 nodes = ast.walk(ast.parse(file.read_text("utf-8", "replace")))
@@ -494,7 +494,7 @@ def read_documents(source):
     first = list(itertools.islice(rows, 2000))
     heading = re.compile(r" ?= [^=](.*[^=])? = ?")
     has_headings = any(heading.fullmatch(row) for row in first)
-    has_blanks = any(not row.strip() for row in first)
+    has_blanks = source.endswith(".txt") and not all(row.strip() for row in first)
     for row in itertools.chain(first, rows):
         starts = heading.fullmatch(row) if has_headings else not has_blanks or not row.strip()
         if starts and lines:
@@ -556,7 +556,7 @@ def run_lm(cfg, run):
     import transformers
     transformers.logging.disable_progress_bar()
     if cfg.model != "tiny" or (run / "lm").exists():
-        return print(f"lm: nothing to train, the model is {cfg.model}")
+        return print(f"lm: nothing to train, the model is {cfg.model}, or {run}/lm is there")
     source = text_source(cfg, run)
     tokenizer = train_tokenizer((t for t in read_documents(source) if split_of(t) == "train"), 4096)
     torch.manual_seed(0)  # one language model for all seeds
@@ -564,7 +564,7 @@ def run_lm(cfg, run):
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, hidden_size=128,
         intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
         tie_word_embeddings=True)).to(cfg.device)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.95, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, cfg.lm_steps, pct_start=0.1)
     cut = partial(load_windows, source, tokenizer, window=127, seed=0)
     ids, _ = cut("train", 127 * 16 * cfg.lm_steps)
@@ -867,13 +867,13 @@ def answers_of(rows):
 
 def save_results(run, stage, rows, **more):
     """Print a stage's rows by claim; write them, answers and more to RUN/results/STAGE.json."""
-    rows = [row for row in rows if row.value is not None]
+    rows = [row for row in rows if row.value is not None and not np.isnan(row.value).any()]
     answers = answers_of(rows)
     for claim, own in answers.items():
         print(f"\nclaim {claim}: {CLAIMS[claim]}:", *(f"{key}? {yes}" for key, yes in own.items()))
         for row in (row for row in rows if row.claim == claim):
-            bound = "" if row.above is None else f" (above {row.above:.3g}?)"
-            bound = bound if row.below is None else f" (below {row.below:.3g}?)"
+            bound = "" if row.above is None else f" (above {show(row.above, row.unit)}?)"
+            bound = bound if row.below is None else f" (below {show(row.below, row.unit)}?)"
             paper = f"; paper: {row.paper}" if row.paper else ""
             print(f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{bound}{paper}")
     more |= dict(rows=list(map(asdict, rows)), answers=answers)
@@ -973,7 +973,7 @@ def tokens_of_others(documents):
     order, most = documents.argsort(stable=True), int(documents.bincount().max())
     if 2 * most > len(documents):
         raise ValueError("one document has most of the tokens: raise --kl-tokens")
-    return torch.empty_like(order).scatter_(0, order, order.roll(most))
+    return torch.empty_like(order).scatter_(0, order, order.roll(most))  # past each document
 
 @torch.no_grad()
 def splice_losses(lm, layer, ids, keeps, replaced):
@@ -986,9 +986,9 @@ def splice_losses(lm, layer, ids, keeps, replaced):
         clean = lm(input_ids=tokens, use_cache=False).logits[kept]
         followed, following = kept[:, :-1], tokens[:, 1:][kept[:, :-1]]
         for name, rows in replaced.items():
-            def replace(hidden, kept=kept, new=rows[start:end]):
+            def put(hidden, kept=kept, new=rows[start:end]):
                 return hidden.masked_scatter(kept[..., None], new.to(hidden))
-            logits = splice(lm, layer, tokens, replace)
+            logits = splice(lm, layer, tokens, put)
             ce = tnf.cross_entropy(logits[:, :-1][followed].float(), following, reduction="none")
             found[name][0].append(kl_divergence(clean, logits[kept]).double().cpu())
             found[name][1].append(ce.cpu())
@@ -1069,7 +1069,7 @@ def run_kl(cfg, run):
           f"{clean_ce:.4f}, with the mean activation {mean_ce:.4f}")
     results, kl, more, other = {}, {}, [], tokens_of_others(documents)
     for name, model in arms:
-        generator = torch.Generator().manual_seed(cfg.seed)  # the same directions for all
+        generator = torch.Generator().manual_seed(cfg.seed)  # the same for all arms
         found = losses(replacements(model.to(cfg.device), raw, other, generator))
         mean = {path: by_token.mean().item() for path, (by_token, _) in found.items()}
         results[name] = {}
@@ -1082,8 +1082,9 @@ def run_kl(cfg, run):
                     kl_over_shuffled=mean[path] / shuffled,
                     ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
                 print(f"{name:18} {path:16}", *(f"{key} {own[key]:<8.4g}" for key in own))
-        if name in ("sae", "joint"):  # own is of the path in full, the last one
-            more += [Row("5", f"CE recovered, {name}", FAIR, own["ce_recovered"], unit="%")]
+        if name in ("sae", "joint"):
+            recovered = results[name]["full"]["ce_recovered"]
+            more += [Row("5", f"CE recovered, {name}", FAIR, recovered, unit="%")]
         if name == "joint":
             more += joint_rows(model, kl, found, results[name])
     save_results(run, "kl", kl_rows(kl) + more, arms=results)
@@ -1278,7 +1279,7 @@ def run_secondary(cfg, run):
         m = torch.cat([encode(read_m(model, some.to(cfg.device))).cpu() for some in x.split(4096)])
         shown, strongest = {}, strongest_rows(secondary.sae, m)
         for feature in firing_rates(secondary.sae, m).topk(5).indices.tolist():
-            shown[f"secondary feature {feature}"] = strongest[feature][None]
+            shown[f"secondary feature {feature}"] = strongest[[feature]][strongest[[feature]] >= 0]
         for length, (a, b) in zip(*strongest_pairs(model.sae, model.nfm, x), strict=True):
             product = torch.cat([c[:, a] * c[:, b] for c in dense_codes(model.sae, x, n)])
             shown[f"features {a} and {b}, together {length:.3g}"] = product.topk(2).indices
@@ -1435,7 +1436,7 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
     factors = two_way_anova(means(texts, "linear"), *labels)
     F_lin, p_lin = clamp("linear", [best("linear", np.maximum(factors["F_a"], factors["F_b"]))])
     return dict(feature=by_F, F=F[0], p=p[0], F_variance=F[1], F_linear=F_lin[0], p_linear=p_lin[0],
-                share_random=(1 + (F_random >= F[0]).sum()) / 100)
+                share_random=(1 + (~(F_random < F[0])).sum()) / 100)
 
 def run_anova(cfg, run):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
@@ -1470,7 +1471,7 @@ def run_anova(cfg, run):
 # ---------------------------------- report
 # One table over all claims, of one run or of several that differ in their seed, and two figures.
 def draw(path, arms, xlabel):
-    """A figure of {arm: {path of it: number}}: a line of points an arm."""
+    """A figure of {arm: {path of it: number}}: a row of points an arm."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -1550,9 +1551,9 @@ def build_parser():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
         several = dict(action="append") if stage == "report" else {}
-        sub.add_argument("--run", help="directory of the run (default: runs/PRESET)", **several)
+        sub.add_argument("--run", help="directory (default: runs/tiny or runs/PRESET)", **several)
         if stage != "report":
-            sub.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+            sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
             sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, help=" ".join(DEFAULT_ARMS))
         for own in fields(Config):
@@ -1589,8 +1590,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        message, status = f"lower --at-once or --batch: {str(error).splitlines()[0]}", 2
-        if not isinstance(error, MemoryError) and "memory" not in message:
+        message, status = f"out of memory (train: try --at-once 1): {str(error).splitlines()[0]}", 2
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
     print(f"dualenc: {message}", file=sys.stderr)
     return status

@@ -482,14 +482,14 @@ def test_documents_of_each_kind_of_text(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     (tmp_path / "b.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "c.txt").write_text(" \n = Title = \n\nbody\n = = Part = = \nmore\n = Next = \nend\n")
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("x y", "z")))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("x y", "", "z")))
     pandas.DataFrame({"text": ["x y", "z"]}).to_parquet(tmp_path / "e.parquet")
     def read(name):
         return list(d.read_documents(str(tmp_path / name)))
     assert read("a.txt") == ["one\ntwo", "three"]
     assert read("b.txt") == ["one", "two", "three"]
     assert read("c.txt") == [" = Title = \nbody\n = = Part = = \nmore", " = Next = \nend"]
-    assert read("d.jsonl") == read("e.parquet") == ["x y", "z"]
+    assert read("d.jsonl") == read("e.parquet") == ["x y", "z"]     # an empty row parts nothing there
 
 
 def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
@@ -615,6 +615,13 @@ def test_answers_follow_whole_intervals():
     assert answers((d.PAPER, [1, -1, 2], above), (d.PAPER, [-1, -2, -0.1], above))["reproduced"] == "no"
     assert answers((d.PAPER, 0.03, dict(below=0.05)), (d.FAIR, 3.0, {})) == dict(reproduced="yes", survives="–")
     assert answers((d.FAIR, [0.1, -math.inf, math.inf], above))["survives"] == "undecided"
+
+
+def test_what_is_not_a_number_neither_decides_nor_is_stored(tmp_path):
+    rows = [d.Row("11", "p", d.PAPER, math.nan, below=0.05), d.Row("11", "share", d.FAIR, 0.01, below=0.05)]
+    d.save_results(tmp_path, "anova", rows)
+    found = json.loads((tmp_path / "results" / "anova.json").read_text())
+    assert len(found["rows"]) == 1 and found["answers"]["11"] == dict(reproduced="–", survives="yes")
 
 
 def test_values_as_text():
