@@ -1480,7 +1480,7 @@ def draw(path, arms, xlabel):
         points = {arm: own[label] for arm, own in arms.items() if label in own}
         axes.scatter(list(points.values()), list(points), label=label, alpha=0.7)
     axes.set(xlabel=xlabel, xscale="log")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
