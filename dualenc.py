@@ -872,10 +872,10 @@ def save_results(run, stage, rows, **more):
     for claim, own in answers.items():
         print(f"\nclaim {claim}: {CLAIMS[claim]}:", *(f"{key}? {yes}" for key, yes in own.items()))
         for row in (row for row in rows if row.claim == claim):
-            bound = "" if row.above is None else f" (above {show(row.above, row.unit)}?)"
-            bound = bound if row.below is None else f" (below {show(row.below, row.unit)}?)"
+            at = "" if row.below is None else f" (< {row.below:.3g}?)"
+            at = at if row.above is None else f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
             paper = f"; paper: {row.paper}" if row.paper else ""
-            print(f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{bound}{paper}")
+            print(f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{at}{paper}")
     more |= dict(rows=list(map(asdict, rows)), answers=answers)
     write_json(run / "results" / f"{stage}.json", more)
 
