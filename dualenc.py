@@ -1472,10 +1472,9 @@ def run_anova(cfg, run):
 # One table over all claims, of one run or of several that differ in their seed, and two figures.
 def draw(path, arms, xlabel):
     """A figure of {arm: {path of it: number}}: a row of points an arm."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for label in dict.fromkeys(label for own in arms.values() for label in own):
         points = {arm: own[label] for arm, own in arms.items() if label in own}
         axes.scatter(list(points.values()), list(points), label=label, alpha=0.7)
@@ -1483,7 +1482,6 @@ def draw(path, arms, xlabel):
     figure.legend(loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
 
 def cell_text(rows, runs):
     """A cell of the report's table: three rows of one claim and kind, the deciding ones first."""
