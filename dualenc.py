@@ -482,10 +482,10 @@ def text_rows(source):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    name, _, configuration = source.partition(":")
-    where = dict(data_files=source) if kind else dict(name=configuration or None)
+    hub_id, _, name = source.partition(":")
+    where = dict(path=kind, data_files=source) if kind else dict(path=hub_id, name=name or None)
     with blame(f"cannot read the text {source}"):
-        for row in datasets.load_dataset(kind or name, **where, split="train", streaming=True):
+        for row in datasets.load_dataset(**where, split="train", streaming=True):
             yield row["text"].rstrip("\n")
 
 def read_documents(source):
@@ -682,8 +682,7 @@ def evaluate(model, x, documents):
         batch = batch.to(model.sae.W_dec.device)
         parts = model(batch)
         for name, part in parts.items():
-            size = part.abs().double().sum().item() / x.numel()
-            magnitude[name] = magnitude.get(name, 0.0) + size
+            magnitude[name] = magnitude.get(name, 0) + part.abs().double().sum().item() / x.numel()
         for path, x_hat in path_outputs(parts).items():
             errors.setdefault(path, []).append((x_hat - batch).double().square().sum(1).cpu())
     errors = {path: torch.cat(rows).numpy() for path, rows in errors.items()}
@@ -1293,10 +1292,9 @@ def run_secondary(cfg, run):
                  Row("12", f"{label}, primary", FAIR, opaque_share(model.sae, x), unit="%")]
     save_results(run, "secondary", rows, arms=results)
 
-# ------------------------- anova: claim 11
-# Clamp one secondary feature: do two factors of a text interact in what the model says next? Any
-# fixed vector moves four lists of words non-additively, so a linear clamp and random directions
-# stand beside it.
+# ------------------ anova: claims 11, 12
+# Clamp a secondary feature: do two factors of a text interact in the next word? Any fixed vector
+# moves four lists of words non-additively: hence a linear clamp and random directions beside it.
 STIMULI = {  # two factors of two levels: each opening is joined to each continuation
     "docs": dict(
         openings=(
@@ -1433,13 +1431,17 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
     random = torch.randn(99, cfg.embedding, generator=torch.Generator().manual_seed(cfg.seed))
     random = with_length_of(random.to(cfg.device), rows["secondary"][by_F].expand(99, -1))
     F_random, _ = clamp("secondary", [by_F] * 99, random)
-    factors = two_way_anova(means(texts, "linear"), *labels)
+    linear = means(texts, "linear")
+    factors = two_way_anova(linear, *labels)
+    alone = linear[:, best("linear", factors["F_a"])] > 0  # claim 12: one factor's feature alone
+    alone &= linear[:, best("linear", factors["F_b"])] == 0
     F_lin, p_lin = clamp("linear", [best("linear", np.maximum(factors["F_a"], factors["F_b"]))])
     return dict(feature=by_F, F=F[0], p=p[0], F_variance=F[1], F_linear=F_lin[0], p_linear=p_lin[0],
-                share_random=(1 + (~(F_random < F[0])).sum()) / 100)
+                share_random=(1 + (~(F_random < F[0])).sum()) / 100,
+                silent=(activity[alone].sum(0) == 0).mean() if alone.any() else math.nan)
 
 def run_anova(cfg, run):
-    """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
+    """Stage `anova`: clamp secondary features on texts of two factors; claims 11 and 12."""
     arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run, whole=True)
     data.lm.float()  # the effects are smaller than a step of fp16
     stimuli, rows, results = STIMULI[cfg.stimuli], [], {}
@@ -1454,9 +1456,8 @@ def run_anova(cfg, run):
         secondary = secondary_of(cfg, run, data, name, model.to(cfg.device))
         read = partial(read_text, cfg, data, model, secondary)
         prompts = list(map(read, stimuli["prompts"].split("|")))
-        found = clamp_features(cfg, data.lm, model, secondary, [read(text) for *_, text in texts],
-                               labels, prompts, words)
-        results[name] = found
+        found = results[name] = clamp_features(
+            cfg, data.lm, model, secondary, [read(t) for *_, t in texts], labels, prompts, words)
         decides = dict(below=0.05) if name == "sequential" else {}
         for label, kind, key, more in (
                 ("p of the interaction", PAPER, "p", dict(paper=".027", **decides)),
@@ -1466,6 +1467,7 @@ def run_anova(cfg, run):
                 ("F, a linear clamp", ZERO, "F_linear", {}),
                 ("share of random directions that reach F", FAIR, "share_random", decides)):
             rows += [Row("11", f"{label}, {name}", kind, found[key], **more)]
+        rows += [Row("12", f"silent at a lone factor, {name}", PAPER, found["silent"], unit="%")]
     save_results(run, "anova", rows, arms=results)
 
 # ---------------------------------- report
@@ -1507,10 +1509,9 @@ def run_report(runs):
     answers, stages = answers_of(rows), ("recon", "kl", "gram", "secondary", "anova")
     missing = [stage for stage in stages if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
-    header = ("the paper says", PAPER, ZERO, FAIR, "reproduced?", "survives?")
     lines = [f"# Report of {', '.join(map(str, runs))}", "", status,
              "Intervals: 95 %, over documents; ±: standard deviation over runs.", "",
-             f"| {' | '.join(header)} |", "|---" * 6 + "|"]
+             f"| claim | {PAPER} | {ZERO} | {FAIR} | reproduced? | survives? |", "|---" * 6 + "|"]
     for claim in (claim for claim in CLAIMS if claim in answers):
         cells = [f"{claim}. {CLAIMS[claim]}"]
         for kind in (PAPER, ZERO, FAIR):

@@ -1005,6 +1005,7 @@ def test_anova_of_a_run(measured, tmp_path, monkeypatch, capsys):
     found = results_of(measured, "anova")
     for own in found["arms"].values():
         assert 0 < own["p"] <= 1 and own["F"] >= 0 and 0.01 <= own["share_random"] <= 1
+        assert math.isnan(own["silent"]) or 0 <= own["silent"] <= 1
     assert set(found["answers"]["11"].values()) <= {"yes", "no", "undecided"}
 
 
