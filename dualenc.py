@@ -631,11 +631,8 @@ class ActivationBatches:
         self.ids, _ = data.windows("train", cfg.tokens)
         rows = self.ids.shape[1] - 1  # tokens that a window gives
         windows = math.ceil(cfg.tokens / rows)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        epochs = range(math.ceil(windows / len(self.ids)))
-        order = [torch.randperm(len(self.ids), generator=generator) for _ in epochs]
         chunks = math.ceil(windows * rows / max(cfg.chunk, rows))
-        self.chunks = torch.cat(order)[:windows].tensor_split(chunks)
+        self.chunks = (torch.arange(windows) % len(self.ids)).tensor_split(chunks)
         self.steps = [max(1, round(len(chunk) * rows / cfg.batch)) for chunk in self.chunks]
     def __len__(self):
         return sum(self.steps)
