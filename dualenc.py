@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import types
 import warnings
 import zlib
@@ -57,8 +58,7 @@ def topk_encode(x, W_enc, b_enc, k):
 
     x (B, D), W_enc (F, D), b_enc (F,) -> values (B, k), descending and >= 0; indices (B, k).
     A token with fewer than k positive pre-activations keeps some features with the value 0.
-    Needs no other name.
-    """
+    Needs no other name."""
     pre = torch.addmm(b_enc, x, W_enc.T)  # (B, F)
     values, indices = pre.topk(k)
     return values.relu(), indices
@@ -66,11 +66,10 @@ def topk_encode(x, W_enc, b_enc, k):
 def sparse_decode(values, indices, W):
     """The sparse code times a matrix: Σ_j values[:, j] · W[indices[:, j]].
 
-    values, indices (B, k), W (F, width) -> (B, width). Needs no other name.
-    """
+    values, indices (B, k), W (F, width) -> (B, width). Needs no other name."""
     if W.is_cpu:  # O(k · width) per token
         return tnf.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
-    # By counting: to gather 1,024 of 50,000 rows takes a GPU as long as the dense product does.
+    # By counting, a GPU takes as long to gather 1,024 of 50,000 rows.
     dense = values.new_zeros(len(values), len(W)).scatter_add_(1, indices, values)
     return dense @ W
 
@@ -79,8 +78,7 @@ def fm_interaction(values, indices, V):
 
     values, indices (B, n), V (F, K) -> z (B, K), equal to Σ_{a<b} f_a f_b V_a∘V_b, in O(n · K).
     The paper prints the first term without its outer brackets; its code trains this.
-    Needs: sparse_decode.
-    """
+    Needs: sparse_decode."""
     square_of_sum = sparse_decode(values, indices, V).square()
     sum_of_squares = sparse_decode(values.square(), indices, V.square())
     return 0.5 * (square_of_sum - sum_of_squares)
@@ -88,10 +86,8 @@ def fm_interaction(values, indices, V):
 def fm_interaction_pairwise(values, indices, V):
     """The definition of fm_interaction, pair by pair in O(n² · K): for readers and tests."""
     fV = values[:, :, None] * V[indices]  # (B, n, K)
-    z = torch.zeros_like(fV[:, 0])
-    for a, b in itertools.combinations(range(fV.shape[1]), 2):
-        z = z + fV[:, a] * fV[:, b]
-    return z
+    pairs = itertools.combinations(range(fV.shape[1]), 2)
+    return sum((fV[:, a] * fV[:, b] for a, b in pairs), start=torch.zeros_like(fV[:, 0]))
 
 # ------------------------ modules and arms
 # Every arm is a TopK SAE and, on its code, perhaps an NFM. Why the paper's baseline is weak: a
@@ -126,8 +122,7 @@ class NFM(nn.Module):
     linear path:       x_lin = f_n W_lin + b_lin
     interaction path:  z = fm_interaction(f_n, V),  m = W_1 dropout(z) + b_1,
                        x_int = W_2 ReLU(m) + b_2
-    W_lin (F, D), V (F, K), W_1 (K, K), W_2 (D, K).
-    """
+    W_lin (F, D), V (F, K), W_1 (K, K), W_2 (D, K)."""
     def __init__(self, F, D, K, n, *, linear=True, interaction=True, dropout=0.0):
         super().__init__()
         self.n, self.has_linear, self.has_interaction = n, linear, interaction
@@ -205,12 +200,17 @@ def count_parameters(module):
     """Number of weights in a module."""
     return sum(p.numel() for p in module.parameters())
 
+def components(model):
+    """Number of weights of a DualEncoder: its SAE (or both), linear, nonlinear path."""
+    total, nfm = count_parameters(model), count_parameters(model.nfm) if model.nfm else 0
+    linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_lin"))
+    return dict(SAE=total - nfm, linear=linear, nonlinear=nfm - linear)
+
 def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     """A new DualEncoder, its weights drawn from torch's global generator.
 
     name: a key of ARMS. CHILDREN need parent, a trained `sae`, and take a frozen copy of it that
-    keeps only `top` features a token. ValueError for a name or sizes that cannot be.
-    """
+    keeps only `top` features a token. ValueError for a name or sizes that cannot be."""
     if name not in ARMS:
         raise ValueError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     sizes = dict(D=D, F=F, k=k, n=n, K=K, top=top, dropout=dropout)
@@ -236,8 +236,7 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
 def fold_linear(model):
     """The one TopKSAE that an SAE with a linear path equals: W_dec + W_lin, b_dec + b_lin.
 
-    model: a DualEncoder. ValueError where there is none: an interaction, n < k, a second SAE.
-    """
+    model: a DualEncoder. ValueError where there is none: an interaction, n < k, a second SAE."""
     nfm, folded = model.nfm, copy.deepcopy(model.sae)
     if model.second or (nfm and (nfm.has_interaction or nfm.n < folded.k)):
         raise ValueError("only an SAE with a linear path that reads all k features folds into one")
@@ -247,7 +246,6 @@ def fold_linear(model):
     return folded
 
 # ----------------------------------- files
-# A file is written beside its place and then moved there, so that what is on disk is whole.
 class UserError(ValueError):
     """A mistake of the user's: main() prints it as one line and exits with status 2."""
 
@@ -289,8 +287,7 @@ def save_arm(path, model):
 def load_arm(path):
     """An arm that `train` or `secondary` wrote: model(model.standardiser.encode(raw)), raw (B, D).
 
-    In eval mode, with its `config`. UserError if the file is missing, damaged or foreign.
-    """
+    In eval mode, with its `config`. UserError if the file is missing, damaged or foreign."""
     with blame(f"{path} is missing, damaged, or no arm of dualenc"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -333,7 +330,7 @@ class Config:
     param_dtype: str = setting("float32", "of weights in training")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     at_once: int = setting(0, "rates of an arm that share a pass; 0: all, of all arms", "train")
-    eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon gram secondary")
+    eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon secondary")
     kl_tokens: int = setting(20_000, "held-out tokens to splice", "kl")
     stimuli: str = setting("docs", "texts of two factors: docs, formality-emotion", "anova")
     def sizes(self, D):
@@ -342,17 +339,17 @@ class Config:
                     dropout=self.dropout)
 
 PRESETS = {
-    "tiny": dict(preset="tiny"),
+    "tiny": {},
     "small": dict(
-        preset="small", model="HuggingFaceTB/SmolLM2-135M-Instruct", layer=15,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", layer=15, stimuli="formality-emotion",
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=1_000_000, chunk=50_000,
         features=4608, k=92, n=46, embedding=64, top=23, batch=1024, lr=(1e-3, 2e-3, 4e-3),
-        eval_tokens=50_000, kl_tokens=5_000, stimuli="formality-emotion"),
+        eval_tokens=50_000, kl_tokens=5_000),
     "paper": dict(
-        preset="paper", model="openlm-research/open_llama_3b", layer=16,
+        model="openlm-research/open_llama_3b", layer=16, stimuli="formality-emotion",
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=5_000_000, chunk=10_000,
         features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, batch=3200,
-        lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000, stimuli="formality-emotion")}
+        lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000)}
 
 def check_settings(cfg):
     """Refuse settings that cannot work: a UserError that names the flag."""
@@ -382,20 +379,19 @@ def read_config(run):
         return Config(**stored | {"lr": tuple(stored["lr"])})
 
 def make_config(run, flags):
-    """Settings for `lm` and `train`, stored in the run: flags {field: value} over its own."""
+    """Settings for `lm` and `train`: flags {field: value} over the run's own, or a preset's."""
     stored = vars(read_config(run)) if (run / "config.json").exists() else {}
     preset = flags.get("preset", stored.get("preset", "tiny"))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    cfg = Config(**(stored if stored.get("preset") == preset else PRESETS[preset]) | flags)
-    check_settings(cfg)
+    base = stored if stored.get("preset") == preset else PRESETS[preset] | dict(preset=preset)
+    cfg = Config(**base | flags)
     for own in fields(Config) if stored else ():
         old, new = stored[own.name], getattr(cfg, own.name)
         if old != new and not own.metadata["also"]:
             if trained_arms(run):
                 raise UserError(f"{run} was made with --{own.name} {old}: choose another --run")
             (run / "standardiser.safetensors").unlink(missing_ok=True)
-    write_json(run / "config.json", asdict(cfg))
     return cfg
 
 # -------------------------- language model
@@ -417,8 +413,7 @@ def splice(lm, layer, tokens, replace):
     """Logits with the residual stream that enters block `layer` replaced.
 
     tokens (B, T); replace: a function of the hidden states (B, T, D) to others of the same shape
-    and dtype -> logits (B, T, vocabulary). Needs: find_blocks.
-    """
+    and dtype -> logits (B, T, vocabulary). Needs: find_blocks."""
     def hook(module, args, kwargs):
         if args:
             return (replace(args[0]), *args[1:]), kwargs
@@ -429,8 +424,7 @@ def splice(lm, layer, tokens, replace):
 def capture(lm, layer, tokens):
     """Residual stream that enters block `layer`; that block and later ones are never run.
 
-    tokens (B, T) -> hidden states (B, T, D). Needs: _Captured, find_blocks, splice.
-    """
+    tokens (B, T) -> hidden states (B, T, D). Needs: _Captured, find_blocks, splice."""
     def stop(hidden):
         raise _Captured(hidden)
     try:
@@ -527,8 +521,8 @@ def load_windows(source, tokenizer, split, tokens, *, window, seed):
         if len(ids) * window >= tokens + 1_000_000:  # more than asked for: of many documents
             break
     if not ids:
-        raise UserError(f"{source}: no document of the {split} split, a tenth of all or more, has "
-                        f"{window} tokens: give more or longer ones, or lower --window")
+        raise UserError(f"{source}: no document of the {split} split has {window} tokens: give "
+                        "more or longer ones, or lower --window")
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     order = order[:math.ceil(tokens / window)]
     return torch.stack(ids)[order], torch.tensor(numbers)[order]
@@ -544,15 +538,15 @@ def text_source(cfg, run):
 
 def train_tokenizer(texts, vocabulary):
     """Byte-level BPE with a BOS token, as a transformers tokenizer."""
-    import tokenizers
     import transformers
-    bpe = tokenizers.ByteLevelBPETokenizer()
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocabulary, show_progress=False, special_tokens=["<s>"])
-    bpe = tokenizers.Tokenizer.from_str(bpe.to_str())
+    bpe = Tokenizer.from_str(bpe.to_str())
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
 
 def run_lm(cfg, run):
-    """Stage `lm`: train the tiny language model on the run's text; print its perplexity."""
+    """Stage `lm`: train the tiny language model on the run's text."""
     import transformers
     transformers.logging.disable_progress_bar()
     if cfg.model != "tiny" or (run / "lm").exists():
@@ -566,22 +560,20 @@ def run_lm(cfg, run):
         tie_word_embeddings=True)).to(cfg.device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.95, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, cfg.lm_steps, pct_start=0.1)
-    cut = partial(load_windows, source, tokenizer, window=127, seed=0)
-    ids, _ = cut("train", 127 * 16 * cfg.lm_steps)
+    tokens = 127 * 16 * cfg.lm_steps
+    ids, _ = load_windows(source, tokenizer, "train", tokens, window=127, seed=0)
     for step in tqdm(range(cfg.lm_steps), desc="language model", disable=None):
         batch = ids[torch.arange(16 * step, 16 * (step + 1)) % len(ids)].to(cfg.device)
-        lm(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        loss = lm(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        held_out = cut("validation", 32_000)[0].to(cfg.device)
-        loss = np.mean([lm(input_ids=some, labels=some).loss.item() for some in held_out.split(32)])
     with replacing(run / "lm") as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    print(f"lm: held-out {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
+    print(f"lm: {loss:.3f} nats per token in the last batch")
 
 # ----------------------------- activations
 # In training the activations of one chunk of windows exist at a time; the seed fixes every batch.
@@ -691,13 +683,15 @@ def evaluate(model, x, documents):
         magnitude=magnitude)
 
 @torch.no_grad()
+def dense_codes(sae, x, read=None):
+    """Codes of x (N, D), of the `read` largest features, in batches of 1,024: dense (B, F)."""
+    for batch in x.split(1024):
+        values, indices = sae.encode(batch.to(sae.W_enc.device))
+        yield values.new_zeros(len(batch), sae.F).scatter_(1, indices[:, :read], values[:, :read])
+
 def firing_rates(sae, x):
     """Share of tokens x (N, D) in which each feature of a TopKSAE is above 0: (F,)."""
-    counts = torch.zeros_like(sae.b_enc)
-    for batch in x.split(4096):
-        values, indices = sae.encode(batch.to(counts.device))
-        counts.scatter_add_(0, indices.flatten(), (values > 0).to(counts).flatten())
-    return counts.cpu() / len(x)
+    return sum((code > 0).sum(0) for code in dense_codes(sae, x)).cpu() / len(x)
 
 def bootstrap(statistic, *sums, resamples=2000, seed=0):
     """A statistic of totals of sums (documents,): [estimate, low, high], 95 % over documents."""
@@ -716,7 +710,7 @@ def gain(own, base):
 # each rate, on the same batches, and represented by the best of them on validation documents.
 def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the weights of a module that require a gradient."""
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = (p for p in model.parameters() if p.requires_grad)
     return torch.optim.Adam(weights, lr=lr, eps=eps, fused=True)
 
 def training_step(model, optimizer, x):
@@ -733,8 +727,7 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8):
     """Train DualEncoders side by side on the same batches, in place; returns their losses (steps,).
 
     batches: an iterator of x (B, D); lr: one rate a model, which falls linearly to a tenth over the
-    first `decay` of the steps. A loss that is not finite stays so.
-    """
+    first `decay` of the steps."""
     optimizers = [make_optimizer(m.train(), lr=r, eps=eps) for m, r in zip(models, lr, strict=True)]
     losses = [[] for _ in models]
     progress = tqdm(itertools.islice(batches, steps), total=steps, desc="training", disable=None)
@@ -745,17 +738,38 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8):
             history.append(training_step(model, optimizer, x))
     return [torch.stack(history).float().cpu() for history in losses]
 
-def train_arms(cfg, run, arms, make, batches, validation, standardiser):
-    """Train arms, make(name), at every rate, cfg.at_once models a pass; write the best of each."""
+def memory_text(device):
+    """Free memory of a GPU, or all that the machine has, in words."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB free"
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB in all"
+
+def pass_bytes(models, batch):
+    """Memory that a pass over DualEncoders takes, about: weights and Adam's moments; of one at a
+    time the gradients, and 2.5 matrices (batch, F) of pre-activations and codes."""
+    held, steps = 0, []
+    for model in models:
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        held += sum(p.nbytes for p in model.parameters()) + 2 * trained
+        steps.append(trained + 2.5 * batch * model.sae.F * model.sae.W_enc.element_size())
+    return held + max(steps)
+
+def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once):
+    """Train arms, make(name), at every rate, at_once models a pass (0: all); write the best."""
     candidates = [(name, rate) for name in arms for rate in cfg.lr]
     dtype = getattr(torch, cfg.param_dtype)
-    at_once, best, errors = cfg.at_once or len(candidates), {}, {name: {} for name in arms}
+    at_once, best, errors = at_once or len(candidates), {}, {name: {} for name in arms}
     for start in range(0, len(candidates), at_once):
         names, rates = zip(*candidates[start:start + at_once], strict=True)
         models = []
         for name in names:
             torch.manual_seed(cfg.seed)  # one draw for all arms and rates
-            models.append(make(name).to(cfg.device, dtype))
+            models.append(make(name).to(dtype))
+        for name, model in dict(zip(names, models, strict=True)).items():
+            print(f"{name}:", *(f"{part} {n:,} weights" for part, n in components(model).items()))
+        held = pass_bytes(models, cfg.batch) / 1e9
+        print(f"a pass of {len(models)} models takes {held:.2f} GB; {memory_text(cfg.device)}")
+        models = [model.to(cfg.device) for model in models]
         stream, steps = (x.to(dtype) for x in batches), len(batches)
         losses = fit(models, stream, lr=rates, steps=steps, eps=cfg.adam_eps)
         for name, rate, model, history in zip(names, rates, models, losses, strict=True):
@@ -798,25 +812,26 @@ def run_train(cfg, run, arms):
         for name in group:  # an older arm of that name had one
             (run / f"{name}.secondary.safetensors").unlink(missing_ok=True)
         shutil.rmtree(run / "results", ignore_errors=True)
-        train_arms(cfg, run, group, make, batches, (x, documents), data.standardiser)
+        train_arms(cfg, run, group, make, batches, (x, documents), data.standardiser, cfg.at_once)
 
 # ---------------------------------- claims
 # Rows are of three kinds: what the paper measured, the same where nothing can be integrated, a fair
 # comparison. Those with a bound decide: is the claim reproduced (paper's metric), does it survive?
-CLAIMS = {  # what the paper says
-    "1": "joint training cuts the reconstruction error by 41.3 %",
-    "1b": "(not in the paper) the nonlinear path alone cuts it",
-    "2": "a sequential NFM cuts it by 23.4 %",
-    "3": "the interaction is 6 % of the NFM's output; paths are sub-additive",
-    "4": "the SAE explains 86.4 % of the variance",
-    "5": "joint training cuts KL by 51.9 % (linear path 50.9, nonlinear 8.6)",
-    "6": "SAE errors cost 2.99 times the KL of random ones of their length",
-    "7": "3 % of the parameters give 16.5 % of the KL gain",
-    "8": "joint training makes norms of features bimodal, the SAE does not",
-    "9": "a feature's norm and the NFM's share of it correlate, r = -.987",
-    "10": "some 860 components hold 90 % of either decoder",
-    "11": "under a clamp of a secondary feature two factors interact, p .027",
-    "12": "secondary features are combinations, opaque by their maxima"}
+CLAIMS = {  # what the paper says, and its figure
+    "1": ("joint training cuts the reconstruction error", "41.3 %"),
+    "1b": ("(not in the paper) the nonlinear path alone cuts it", "–"),
+    "2": ("an NFM trained after the SAE cuts it", "23.4 %"),
+    "3": ("the interaction is a small part of the NFM's output; paths overlap", "6 %"),
+    "4": ("the SAE explains most of the variance", "86.4 %"),
+    "5": ("joint training cuts KL (linear path 50.9, nonlinear 8.6)", "51.9 %"),
+    "6": ("SAE errors cost more KL than random ones of their length", "2.99 ×"),
+    "7": ("3 % of the parameters give more than their share of the KL cut", "16.5 %"),
+    "8": ("joint training makes norms of features bimodal, the SAE does not", "2 modes"),
+    "9": ("a feature's norm and the NFM's share of it correlate", "r -.987"),
+    "10": ("few components hold 90 % of either decoder", "860"),
+    "11": ("two factors interact under a clamp of a secondary feature", "p .027"),
+    "12": ("secondary features are combinations, opaque by their maxima", "–")}
+MEASURING = ("recon", "kl", "gram", "secondary", "anova")
 PAPER, ZERO, FAIR = "paper's metric", "nothing to integrate", "fair comparison"
 
 @dataclass
@@ -856,18 +871,20 @@ def answers_of(rows):
     return {row.claim: dict(reproduced=answer(row.claim, PAPER), survives=answer(row.claim, FAIR))
             for row in rows}
 
-def save_results(run, stage, rows, **more):
-    """Print a stage's rows by claim; write them, answers and more to RUN/results/STAGE.json."""
+def save_results(run, stage, rows, table=(), **more):
+    """Print a stage's table, and its rows by claim; write all to RUN/results/STAGE.json."""
     rows = [row for row in rows if row.value is not None and not np.isnan(row.value).any()]
-    answers = answers_of(rows)
+    answers, lines = answers_of(rows), list(table)
     for claim, own in answers.items():
-        print(f"\nclaim {claim}: {CLAIMS[claim]}:", *(f"{key}? {yes}" for key, yes in own.items()))
+        questions = " ".join(f"{question}? {answer}" for question, answer in own.items())
+        lines += ["", f"claim {claim}: {CLAIMS[claim][0]}: {questions}"]
         for row in (row for row in rows if row.claim == claim):
             at = "" if row.below is None else f" (< {row.below:.3g}?)"
             at = at if row.above is None else f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
             paper = f"; paper: {row.paper}" if row.paper else ""
-            print(f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{at}{paper}")
-    more |= dict(rows=list(map(asdict, rows)), answers=answers)
+            lines += [f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{at}{paper}"]
+    print(*lines, sep="\n")
+    more |= dict(rows=list(map(asdict, rows)), answers=answers, printed=lines)
     write_json(run / "results" / f"{stage}.json", more)
 
 def cut_row(errors, unit, claim, label, kind, own, base, paper="", above=None):
@@ -883,13 +900,13 @@ def load_trained(run, names):
     there = [name for name in trained_arms(run) if name in names]
     if not there:
         raise UserError(f"{run} has no arm among {', '.join(names)}: run the stage `train` first")
-    return ((name, load_arm(run / f"{name}.safetensors")) for name in there)
+    return ((name, load_arm(run / f"{name}.safetensors")) for name in tqdm(there, disable=None))
 
 def run_recon(cfg, run):
     """Stage `recon`: reconstruction error of every arm on test documents; claims 1 to 4."""
     arms, data = load_trained(run, ARMS), open_data(cfg, run)
     x, documents, _ = held_out_activations(cfg, data, "test", cfg.eval_tokens)
-    print(f"{len(x):,} tokens of {len(documents.unique())} test documents; seed {cfg.seed}")
+    table = [f"{len(x):,} tokens of {len(documents.unique())} test documents; seed {cfg.seed}"]
     results, errors = {}, {}
     for name, model in arms:
         found, rates = evaluate(model.to(cfg.device), x, documents), firing_rates(model.sae, x)
@@ -902,8 +919,8 @@ def run_recon(cfg, run):
             mse=found["mse"]["full"], fvu=found["fvu"]["full"], l0=rates.sum().item(),
             dead=(rates == 0).double().mean().item(), params=count_parameters(model),
             lr=model.config["lr"], fvu_by_path=found["fvu"], magnitude=found["magnitude"])
-        print(f"{name:18}", *(f"{key} {results[name][key]:<10.4g}"
-                              for key in ("mse", "fvu", "l0", "dead", "params", "lr")))
+        keys = ("mse", "fvu", "l0", "dead", "params", "lr")
+        table += [f"{name:18} " + " ".join(f"{key} {results[name][key]:<10.4g}" for key in keys)]
     less = partial(cut_row, errors, "error")
     inter, again = "joint-interaction", "sequential-linear"
     rows = [
@@ -936,7 +953,7 @@ def run_recon(cfg, run):
         label = "1 - mse (the paper's SAE alone, mse .136, beats its joint model's .162)"
         rows += [Row("4", label, PAPER, 1 - results["sae"]["mse"], "86.4 %", "%", above=0.5),
                  Row("4", "1 - fvu", FAIR, 1 - results["sae"]["fvu"], unit="%", above=0.5)]
-    save_results(run, "recon", rows, arms=results)
+    save_results(run, "recon", rows, table, arms=results)
 
 # ----------------------- kl: claims 5 to 7
 # Put x_hat, in raw units, where the activation was read: how far do next-token predictions move?
@@ -954,8 +971,7 @@ def with_length_of(direction, error):
 def epsilon_random(x, x_hat, generator):
     """x with an isotropic error as long as x_hat - x, row by row (Gurnee, 2024).
 
-    x, x_hat (…, D); generator: a torch.Generator on their device -> (…, D). Needs: with_length_of.
-    """
+    x, x_hat (…, D); generator: torch's, on their device -> (…, D). Needs: with_length_of."""
     direction = torch.randn(x.shape, generator=generator, device=x.device)
     return x + with_length_of(direction, x_hat - x)
 
@@ -978,7 +994,8 @@ def splice_losses(lm, layer, ids, keeps, replaced):
         followed, following = kept[:, :-1], tokens[:, 1:][kept[:, :-1]]
         for name, rows in replaced.items():
             def put(hidden, kept=kept, new=rows[start:end]):
-                return hidden.masked_scatter(kept[..., None], new.to(hidden))
+                most = torch.finfo(hidden.dtype).max  # half precision ends at 65,504
+                return hidden.masked_scatter(kept[..., None], new.clamp(-most, most).to(hidden))
             logits = splice(lm, layer, tokens, put)
             ce = tnf.cross_entropy(logits[:, :-1][followed].float(), following, reduction="none")
             found[name][0].append(kl_divergence(clean, logits[kept]).double().cpu())
@@ -1028,9 +1045,8 @@ def joint_rows(model, kl, found, paths):
     """More rows of claims 5 and 7, of `joint`; found: of splice_losses; paths: as in kl.json."""
     from scipy.stats import ttest_ind
     t = ttest_ind(found["full"][0].numpy(), found["sae"][0].numpy())
-    total, linear = count_parameters(model), model.nfm.W_lin.numel() + model.nfm.b_lin.numel()
-    shares = dict(SAE=count_parameters(model.sae) / total, linear=linear / total)
-    shares["nonlinear"] = 1 - sum(shares.values())
+    total = count_parameters(model)
+    shares = {name: weights / total for name, weights in components(model).items()}
     part = bootstrap(lambda sae, alone, full: (sae - alone) / (sae - full), kl["joint sae"],
                      kl["joint sae+interaction"], kl["joint"])
     rows = [
@@ -1055,9 +1071,9 @@ def run_kl(cfg, run):
     raw, documents = hidden[keeps], numbers[:, None].expand(keeps.shape)[keeps]
     losses = partial(splice_losses, data.lm, cfg.layer, ids, keeps)
     base = losses({"clean": raw, "mean": standardiser.mean.expand_as(raw)})
-    (_, clean_ce), (_, mean_ce) = base.values()
-    print(f"{len(raw):,} tokens of {len(documents.unique())} test documents; cross-entropy clean "
-          f"{clean_ce:.4f}, with the mean activation {mean_ce:.4f}")
+    clean_ce, mean_ce = (ce for _, ce in base.values())
+    table = [f"{len(raw):,} tokens of {len(documents.unique())} test documents; cross-entropy "
+             f"{clean_ce:.4f}, with the mean activation {mean_ce:.4f}"]
     results, kl, more, other = {}, {}, [], tokens_of_others(documents)
     for name, model in arms:
         generator = torch.Generator().manual_seed(cfg.seed)  # the same for all arms
@@ -1067,18 +1083,18 @@ def run_kl(cfg, run):
         for path, (by_token, ce) in found.items():
             kl[f"{name} {path}".replace(" full", "")] = by_document(by_token, documents)
             if " " not in path:
-                random, shuffled = mean[f"{path} random"], mean[f"{path} shuffled"]
                 results[name][path] = own = dict(
-                    kl=mean[path], ce=ce, kl_random=random, kl_over_random=mean[path] / random,
-                    kl_over_shuffled=mean[path] / shuffled,
+                    kl=mean[path], ce=ce, kl_over_random=mean[path] / mean[f"{path} random"],
+                    kl_over_shuffled=mean[path] / mean[f"{path} shuffled"],
                     ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
-                print(f"{name:18} {path:16}", *(f"{key} {own[key]:<8.4g}" for key in own))
+                numbers = " ".join(f"{key} {own[key]:<8.4g}" for key in own)
+                table += [f"{name:18} {path:16} {numbers}"]
         if name in ("sae", "joint"):
             recovered = results[name]["full"]["ce_recovered"]
             more += [Row("5", f"CE recovered, {name}", FAIR, recovered, unit="%")]
         if name == "joint":
             more += joint_rows(model, kl, found, results[name])
-    save_results(run, "kl", kl_rows(kl) + more, arms=results)
+    save_results(run, "kl", kl_rows(kl) + more, table, arms=results)
 
 # --------------------- gram: claims 8 to 10
 # Every decoder row starts at a squared norm of D/(3F): a small one may mark a row that hardly
@@ -1087,23 +1103,19 @@ def run_kl(cfg, run):
 def gram_stats(W, block=1024):
     """Geometry of the rows of W (F, width), block by block: no (F, F) matrix is built.
 
-    squared_norms (F,); product, cosine: {mean, std, largest} over pairs; of the min(width, 1000)
+    squared_norms (F,); cosine: {mean, std} over pairs of rows; of the min(width, 1000)
     largest squared singular values components_90, how many hold 90 %, and first_50, the share of
-    the first 50; both also _centred, of all. Needs no other name.
-    """
-    F = len(W)
-    stats = {"squared_norms": W.square().sum(1)}
-    for kind, rows in (("product", W), ("cosine", tnf.normalize(W, dim=1))):
-        total = squares = largest = 0.0
-        for start in range(0, F, block):
-            pairs = rows[start:start + block] @ rows.T  # (block, F)
-            pairs.diagonal(offset=start).zero_()  # no row with itself
-            total += pairs.sum(dtype=torch.float64).item()
-            squares += pairs.square().sum(dtype=torch.float64).item()
-            largest = max(largest, pairs.abs().max().item())
-        mean = total / max(1, F * (F - 1))
-        std = max(0.0, squares / max(1, F * (F - 1)) - mean ** 2) ** 0.5
-        stats[kind] = dict(mean=mean, std=std, largest=largest)
+    the first 50; both also _centred, of all. Needs no other name."""
+    F, unit = len(W), tnf.normalize(W, dim=1)
+    total = squares = 0.0
+    for start in range(0, F, block):
+        cosines = unit[start:start + block] @ unit.T  # (block, F)
+        cosines.diagonal(offset=start).zero_()  # no row with itself
+        total += cosines.sum(dtype=torch.float64).item()
+        squares += cosines.square().sum(dtype=torch.float64).item()
+    mean = total / max(1, F * (F - 1))
+    std = max(0.0, squares / max(1, F * (F - 1)) - mean ** 2) ** 0.5
+    stats = dict(squared_norms=W.square().sum(1), cosine=dict(mean=mean, std=std))
     for suffix, rows, most in (("", W, 1000), ("_centred", W - W.mean(0), W.shape[1])):
         moments = sum((some.T @ some).double() for some in rows.split(4096))
         variances = torch.linalg.eigvalsh(moments).flip(0).clamp_min(0)[:most]
@@ -1113,17 +1125,13 @@ def gram_stats(W, block=1024):
     return stats
 
 def find_modes(squared_norms):
-    """Modes of the density of log squared norms (F,); the antimode of the two highest, or None."""
+    """Modes of the density of log squared norms (F,), ascending."""
     from scipy import signal, stats
     logs = np.log10(squared_norms)
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
     density = stats.gaussian_kde(logs)(grid)
     peaks, _ = signal.find_peaks(density, prominence=density.max() / 20)
-    antimode = None
-    if len(peaks) > 1:
-        low, high = np.sort(peaks[np.argsort(density[peaks])[-2:]])
-        antimode = float(10 ** grid[low + np.argmin(density[low:high])])
-    return [float(10 ** grid[peak]) for peak in peaks], antimode
+    return [float(10 ** grid[peak]) for peak in peaks]
 
 def norm_shares(dec, lin, V):
     """Claim 9, of norms (F,): {share of their sum: (Spearman's r with dec, mean at dec² > .2)}."""
@@ -1155,16 +1163,16 @@ def share_rows(dec, lin, V, lin_start, V_start, seed):
 
 def run_gram(cfg, run):
     """Stage `gram`: geometry of the decoders of `sae` and `joint`; claims 8 to 10."""
-    models, data = dict(load_trained(run, ("sae", "joint"))), open_data(cfg, run)
+    models = dict(load_trained(run, ("sae", "joint")))
     if len(models) < 2:
         raise UserError(f"{run} needs both `sae` and `joint`: run the stage `train` first")
-    D, found = len(data.standardiser.mean), {}
-    rows = [Row("8", "squared norm of rows at the start", ZERO, D / (3 * cfg.features))]
+    sae, nfm, found = models["joint"].sae, models["joint"].nfm, {}
+    rows = [Row("8", "squared norm of rows at the start", ZERO, len(sae.b_dec) / (3 * sae.F))]
     for name, model in models.items():
         stats = gram_stats(model.sae.W_dec.to(cfg.device))
         squared = stats.pop("squared_norms").cpu().numpy()
-        modes, antimode = find_modes(squared)
-        found[name] = stats | dict(modes=modes, antimode=antimode, squared_norms=squared.tolist())
+        modes = find_modes(squared)
+        found[name] = stats | dict(modes=modes, squared_norms=squared.tolist())
         decides = dict(paper="2", above=1) if name == "joint" else dict(paper="1", below=2)
         rows += [Row("8", f"modes, {name}", PAPER, len(modes), **decides)]
         rows += [Row("8", f"mode {at}, {name}", PAPER, own) for at, own in enumerate(modes, 1)]
@@ -1173,27 +1181,18 @@ def run_gram(cfg, run):
                 ("share of the first 50", PAPER, stats["first_50"], "%"),
                 ("cosine of two rows, mean", PAPER, stats["cosine"]["mean"], ""),
                 ("cosine of two rows, std", PAPER, stats["cosine"]["std"], ""),
-                ("components, centred, of all", FAIR, stats["components_90_centred"], ""),
-                ("first 50, centred, of all", FAIR, stats["first_50_centred"], "%")):
+                ("components, centred, of all", FAIR, stats["components_90_centred"], "")):
             rows += [Row("10", f"{label}, {name}", kind, value, unit=unit)]
     norms = partial(np.linalg.norm, axis=1)
     torch.manual_seed(cfg.seed)  # the draw that both were trained from
-    start = make_arm("joint", **cfg.sizes(D)).requires_grad_(False)
-    sae, nfm, antimode = models["joint"].sae, models["joint"].nfm, found["joint"]["antimode"]
-    weights = sae.W_dec, nfm.W_lin, nfm.V, start.nfm.W_lin, start.nfm.V
+    start = make_arm("joint", **models["joint"].config["sizes"]).nfm.requires_grad_(False)
+    weights = sae.W_dec, nfm.W_lin, nfm.V, start.W_lin, start.V
     rows += share_rows(*map(norms, weights), cfg.seed)
-    if antimode:
-        x, _, _ = held_out_activations(cfg, data, "test", cfg.eval_tokens)
-        low, moved = norms(sae.W_dec) ** 2 < antimode, norms(sae.W_dec - start.sae.W_dec)
-        fires = firing_rates(sae.to(cfg.device), x).numpy()
-        for label, own in (("firing rate", fires), ("distance moved", moved)):
-            ratio = own[low].mean() / own[~low].mean()
-            rows += [Row("8", f"{label}, joint's low mode over the rest", FAIR, ratio, unit="×")]
     save_results(run, "gram", rows, decoders=found)
 
 # -------------------- secondary: claim 12
-# A second TopK SAE decomposes m; its features are meant to be combinations. What they and pairs of
-# primary features stand for shows in context.
+# A second TopK SAE decomposes m. What its features, and pairs of primary ones, stand for shows in
+# context.
 FUNCTION_WORDS = set(
     "a an and are as at be been but by can do for from had has have he her his i if in is it its "
     "not of on or she so that the their then they this to was we were which will with you".split())
@@ -1202,13 +1201,6 @@ FUNCTION_WORDS = set(
 def read_m(model, x):
     """m of an arm, "post-MLP1": x (B, D) -> (B, K)."""
     return model.nfm.post_mlp1(*model.sae.encode(x))
-
-@torch.no_grad()
-def dense_codes(sae, x, read=None):
-    """Codes of x (N, D), of the `read` largest features, in batches of 1,024: dense (B, F)."""
-    for batch in x.split(1024):
-        values, indices = sae.encode(batch.to(sae.W_enc.device))
-        yield values.new_zeros(len(batch), sae.F).scatter_(1, indices[:, :read], values[:, :read])
 
 def secondary_of(cfg, run, data, name, model):
     """The secondary SAE of an arm, of 25 K features, 2 % of them kept; trained if it is missing."""
@@ -1221,7 +1213,7 @@ def secondary_of(cfg, run, data, name, model):
         def make(_):
             return make_arm("sae", D=K, F=25 * K, k=max(1, K // 2), n=1, K=1)
         m = standardiser.encode(m).cpu()
-        train_arms(cfg, run, [path.stem], make, batches, (m, documents), standardiser)
+        train_arms(cfg, run, [path.stem], make, batches, (m, documents), standardiser, at_once=0)
     return load_arm(path).to(cfg.device)
 
 @torch.no_grad()
@@ -1236,19 +1228,20 @@ def strongest_rows(sae, x):
 
 @torch.no_grad()
 def strongest_pairs(sae, nfm, x):
-    """Three pairs of features that meet in x (N, D), of largest q(a, b) - q(a) - q(b) + q(0)."""
-    both = (torch.stack([code.sum(0), (code > 0).sum(0)]) for code in dense_codes(sae, x, nfm.n))
-    total, fires = sum(both)
-    features, mean = fires.topk(min(512, sae.F)).indices, total / fires.clamp_min(1)  # most read
-    active = ((code[:, features] > 0).float() for code in dense_codes(sae, x, nfm.n))
-    together = sum(some.T @ some for some in active)
-    pairs = features[(together.triu(1) >= 2).nonzero()]  # (P, 2)
+    """Three pairs of features that meet in x (N, D), of largest q(a, b) - q(a) - q(b) + q(0): each
+    with that length, and the two rows of x in which their product is largest."""
+    fires = sum((code > 0).sum(0) for code in dense_codes(sae, x, nfm.n))
+    features = fires.topk(min(512, sae.F)).indices  # most read by the NFM
+    codes = torch.cat([code[:, features] for code in dense_codes(sae, x, nfm.n)])
+    mean, active = codes.sum(0) / fires[features].clamp_min(1), (codes > 0).float()
+    pairs = ((active.T @ active).triu(1) >= 2).nonzero()  # (P, 2)
     def q(some, *mask):
-        return nfm.interaction(nfm.post_mlp1(mean[some] * mean.new_tensor(mask), some))
+        return nfm.interaction(nfm.post_mlp1(mean[some] * mean.new_tensor(mask), features[some]))
     lengths = [(q(some, 1, 1) - q(some, 1, 0) - q(some, 0, 1) + q(some, 0, 0)).norm(dim=1)
                for some in pairs.split(8192)]
     best = torch.cat(lengths).topk(min(3, len(pairs)))
-    return best.values.tolist(), pairs[best.indices].tolist()
+    return [(features[pair].tolist(), length, codes[:, pair].prod(1).topk(2).indices.tolist())
+            for pair, length in zip(pairs[best.indices], best.values.tolist(), strict=True)]
 
 def run_secondary(cfg, run):
     """Stage `secondary`: SAEs of m; what they and pairs of features stand for; claim 12."""
@@ -1263,28 +1256,27 @@ def run_secondary(cfg, run):
         rows = strongest_rows(sae, x)
         words = [text(row).strip().lower() for row in rows[rows >= 0]]
         return np.mean([w in FUNCTION_WORDS or not any(map(str.isalnum, w)) for w in words])
-    rows, results = [], {}
+    rows, results, table = [], {}, []
     for name, model in arms:
-        secondary, n = secondary_of(cfg, run, data, name, model.to(cfg.device)), model.nfm.n
+        secondary = secondary_of(cfg, run, data, name, model.to(cfg.device))
         encode = secondary.standardiser.encode
         m = torch.cat([encode(read_m(model, some.to(cfg.device))).cpu() for some in x.split(4096)])
         shown, strongest = {}, strongest_rows(secondary.sae, m)
         for feature in firing_rates(secondary.sae, m).topk(5).indices.tolist():
             shown[f"secondary feature {feature}"] = strongest[[feature]][strongest[[feature]] >= 0]
-        for length, (a, b) in zip(*strongest_pairs(model.sae, model.nfm, x), strict=True):
-            product = torch.cat([c[:, a] * c[:, b] for c in dense_codes(model.sae, x, n)])
-            shown[f"features {a} and {b}, together {length:.3g}"] = product.topk(2).indices
-        contexts = [f"{label}: «{text(row)}» in …{text(row, 12, 5)}…"
+        for (a, b), length, both in strongest_pairs(model.sae, model.nfm, x):
+            shown[f"features {a} and {b}, together {length:.3g}"] = both
+        contexts = [f"  {label}: «{text(row)}» in …{text(row, 12, 5)}…"
                     for label, found in shown.items() for row in found]
         fvu = evaluate(secondary, m, documents)["fvu"]["full"]
-        print(f"\n{name}: {secondary.sae.F} features of m, fvu {fvu:.3f}", *contexts, sep="\n  ")
-        results[name] = dict(fvu=fvu, features=secondary.sae.F, contexts=contexts)
+        table += ["", f"{name}: {secondary.sae.F} features of m, fvu {fvu:.3f}", *contexts]
+        results[name] = dict(fvu=fvu, features=secondary.sae.F)
         label = f"maxima at punctuation or function words, {name}"
         rows += [Row("12", label, PAPER, opaque_share(secondary.sae, m), unit="%"),
                  Row("12", f"{label}, primary", FAIR, opaque_share(model.sae, x), unit="%")]
-    save_results(run, "secondary", rows, arms=results)
+    save_results(run, "secondary", rows, table, arms=results)
 
-# ------------------ anova: claims 11, 12
+# ------------------------ anova: claim 11
 # Clamp a secondary feature: do two factors of a text interact in the next word? Any fixed vector
 # moves four lists of words non-additively: hence a linear clamp and random directions beside it.
 STIMULI = {  # two factors of two levels: each opening is joined to each continuation
@@ -1331,8 +1323,7 @@ def two_way_anova(y, a, b):
 
     y (units,) or (units, columns); a, b (units,) labels of two factors -> {F_a, p_a, F_b, p_b,
     F_ab, p_ab, eta2_ab (partial)}, one for each column. ValueError without a unit in every cell and
-    two in one. Needs no other name.
-    """
+    two in one. Needs no other name."""
     from scipy.stats import f as f_distribution
     y = np.asarray(y, dtype=float)
     a, b = np.unique(a, return_inverse=True)[1], np.unique(b, return_inverse=True)[1]
@@ -1368,7 +1359,7 @@ def word_tokens(tokenizer, words):
 
 @torch.no_grad()
 def read_text(cfg, data, model, secondary, text):
-    """A text as an arm reads it: ids, hidden (T, D), keeps (T,); x, m and codes where it keeps."""
+    """A text as an arm reads it: ids, hidden (T, D), keeps (T,); x, m, codes where it keeps."""
     bos = [] if data.tokenizer.bos_token_id is None else [data.tokenizer.bos_token_id]
     ids = bos + data.tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([ids], device=cfg.device)
@@ -1423,17 +1414,13 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
     random = torch.randn(99, cfg.embedding, generator=torch.Generator().manual_seed(cfg.seed))
     random = with_length_of(random.to(cfg.device), rows["secondary"][by_F].expand(99, -1))
     F_random, _ = clamp("secondary", [by_F] * 99, random)
-    linear = means(texts, "linear")
-    factors = two_way_anova(linear, *labels)
-    alone = linear[:, best("linear", factors["F_a"])] > 0  # claim 12: one factor's feature alone
-    alone &= linear[:, best("linear", factors["F_b"])] == 0
+    factors = two_way_anova(means(texts, "linear"), *labels)
     F_lin, p_lin = clamp("linear", [best("linear", np.maximum(factors["F_a"], factors["F_b"]))])
     return dict(feature=by_F, F=F[0], p=p[0], F_variance=F[1], F_linear=F_lin[0], p_linear=p_lin[0],
-                share_random=(1 + (~(F_random < F[0])).sum()) / 100,
-                silent=(activity[alone].sum(0) == 0).mean() if alone.any() else math.nan)
+                share_random=(1 + (~(F_random < F[0])).sum()) / 100)
 
 def run_anova(cfg, run):
-    """Stage `anova`: clamp secondary features on texts of two factors; claims 11 and 12."""
+    """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
     arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run, whole=True)
     data.lm.float()  # the effects are smaller than a step of fp16
     stimuli, rows, results = STIMULI[cfg.stimuli], [], {}
@@ -1459,11 +1446,14 @@ def run_anova(cfg, run):
                 ("F, a linear clamp", ZERO, "F_linear", {}),
                 ("share of random directions that reach F", FAIR, "share_random", decides)):
             rows += [Row("11", f"{label}, {name}", kind, found[key], **more)]
-        rows += [Row("12", f"silent at a lone factor, {name}", PAPER, found["silent"], unit="%")]
     save_results(run, "anova", rows, arms=results)
 
 # ---------------------------------- report
-# One table over all claims, of one run or of several that differ in their seed, and two figures.
+LEGEND = """**here**: the paper's own metric. **nothing to integrate**: a control, not support: the
+same metric on a model that cannot integrate; where it is as large, it tells nothing of integration.
+**fair comparison**: a baseline trained as well. *reproduced?* judges the first, *survives?* the
+last. Intervals: 95 %, over test documents; ±: sd over runs."""
+
 def draw(path, arms, xlabel):
     """A figure of {arm: {path of it: number}}: a row of points an arm."""
     from matplotlib.figure import Figure
@@ -1477,40 +1467,49 @@ def draw(path, arms, xlabel):
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
-def cell_text(rows, runs):
-    """A cell of the report's table: three rows of one claim and kind, the deciding ones first."""
-    labels, texts = [row.label for row in rows if (row.above, row.below) != (None, None)], []
-    for label in list(dict.fromkeys(labels + [row.label for row in rows]))[:3]:
-        own = [row for row in rows if row.label == label]
-        text = show(own[0].value, own[0].unit)
-        if runs > 1:
-            estimates = [np.ravel(row.value)[0] for row in own]
-            spread = np.std(estimates, ddof=1) * (100 if own[0].unit in ("%", "error", "KL") else 1)
-            text = f"{show(float(np.mean(estimates)), own[0].unit)} ± {spread:.2g}"
-        texts.append(f"{label}: **{text}**")
-    return "<br>".join(texts) or "–"
+def figure_text(rows):
+    """Rows of one label, a run each, as text: with its interval, or mean ± sd."""
+    value, unit = rows[0].value, rows[0].unit
+    if len(rows) == 1:
+        return show(value, unit)
+    values = [np.ravel(row.value)[0] for row in rows]
+    sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
+    return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
+
+def table_of(rows):
+    """The report's table, six cells a claim: three figures of each kind, deciding ones first."""
+    answers, table = answers_of(rows), []
+    for claim in (claim for claim in CLAIMS if claim in answers):
+        cells = [f"{claim}. {CLAIMS[claim][0]}", CLAIMS[claim][1]]
+        for kind in (PAPER, ZERO, FAIR):
+            own = [row for row in rows if (row.claim, row.kind) == (claim, kind)]
+            own.sort(key=lambda row: row.above is None and row.below is None)
+            labels = list(dict.fromkeys(row.label for row in own))[:3]
+            texts = [figure_text([row for row in own if row.label == label]) for label in labels]
+            cells.append("; ".join(map(": ".join, zip(labels, texts, strict=True))) or "–")
+        table.append([*cells, "{reproduced} / {survives}".format(**answers[claim])])
+    return table
 
 def run_report(runs):
     """Stage `report`: every claim in one table, with figures, in RUN/report.md."""
     with blame("cannot read the results"):
-        files = [run.glob("results/*.json") for run in runs]
-        found = [{file.stem: json.loads(file.read_text()) for file in own} for own in files]
+        files = [[run / "results" / f"{stage}.json" for stage in MEASURING] for run in runs]
+        found = [{file.stem: json.loads(file.read_text()) for file in own if file.exists()}
+                 for own in files]
     if not all(found):
         raise UserError(f"{runs[found.index({})]} has no results: run the stage `recon` first")
     rows = [Row(**row) for results in found for stage in results.values() for row in stage["rows"]]
-    answers, stages = answers_of(rows), ("recon", "kl", "gram", "secondary", "anova")
-    missing = [stage for stage in stages if not all(stage in results for results in found)]
+    missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
-    lines = [f"# Report of {', '.join(map(str, runs))}", "", status,
-             "Intervals: 95 %, over documents; ±: standard deviation over runs.", "",
-             f"| claim | {PAPER} | {ZERO} | {FAIR} | reproduced? | survives? |", "|---" * 6 + "|"]
-    for claim in (claim for claim in CLAIMS if claim in answers):
-        cells = [f"{claim}. {CLAIMS[claim]}"]
-        for kind in (PAPER, ZERO, FAIR):
-            own = [row for row in rows if (row.claim, row.kind) == (claim, kind)]
-            cells.append(cell_text(own, len(runs)).replace("|", "/"))
-        lines.append(f"| {' | '.join((*cells, *answers[claim].values()))} |")
-        print(f"{claim:3} {CLAIMS[claim]:70}", *answers[claim].values())
+    head = ["the paper says", "paper", "here", ZERO, FAIR, "reproduced? / survives?"]
+    lines = [f"# Report of {', '.join(map(str, runs))}", "", LEGEND, "", status, ""]
+    for number, row in enumerate([head, *table_of(rows)]):
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"]
+        lines += ["|---" * 6 + "|"] * (number == 0)
+        columns = map(textwrap.wrap, row, (20, 7, 21, 17, 19, 11))
+        for cells in itertools.zip_longest(*columns, fillvalue=""):
+            print("{:20} {:7} {:21} {:17} {:19} {}".format(*cells))
+        print()
     for stage, xlabel, caption in (
             ("recon", "variance unexplained", "Claim 1 falls if `sae` has joint's error."),
             ("kl", "KL in nats per token", "Claim 5 falls if `sae` has joint's KL.")):
@@ -1520,12 +1519,14 @@ def run_report(runs):
         if arms:
             draw(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
             lines += ["", f"![](figures/{stage}.png)", "", caption]
+    for run, results in zip(runs, found, strict=True):
+        for stage in results:
+            lines += ["", f"## {run}: {stage}", "```", *results[stage]["printed"], "```"]
     with replacing(runs[0] / "report.md") as temporary:
         temporary.write_text("\n".join([*lines, ""]))
-    print(f"{status} The whole report: {runs[0] / 'report.md'}")
+    print(f"{status} Report: {runs[0] / 'report.md'}")
 
 # ---------------------------- command line
-# A subcommand is a stage. A user's mistake is one line on stderr and exit status 2.
 STAGES = dict(lm=run_lm, train=run_train, recon=run_recon, kl=run_kl, gram=run_gram,
               secondary=run_secondary, anova=run_anova, report=run_report)
 DEFAULT_ARMS = [name for name in ARMS if not name.endswith(("-half", "-double"))]
@@ -1561,15 +1562,20 @@ def run_stage(args):
     flags = {own.name: own.type(getattr(args, own.name)) for own in fields(Config)
              if hasattr(args, own.name)}
     run = Path(args.run or f"runs/{flags.get('preset', 'tiny')}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with blame(f"--device {device} cannot be used"):
-        torch.empty(1, device=device)
-    if args.stage in ("lm", "train"):
-        cfg = make_config(run, flags)
-    else:
-        cfg = replace(read_config(run), **flags)
-        check_settings(cfg)
-    cfg.device = device  # no setting: each call has its own
+    making = args.stage in ("lm", "train")
+    cfg = make_config(run, flags) if making else replace(read_config(run), **flags)
+    check_settings(cfg)
+    cfg.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")  # no setting
+    with blame(f"--device {cfg.device} cannot be used"):
+        torch.empty(1, device=cfg.device)
+        gpu = cfg.device.startswith("cuda") and torch.cuda.get_device_name(cfg.device)
+    if cfg.preset == "paper" and not gpu and not args.device:
+        raise UserError(f"preset paper needs a GPU; torch {torch.__version__} sees none (a driver "
+                        "too old for it hides one); or give --device cpu")
+    name = gpu or f"{torch.get_num_threads()} threads"
+    print(f"device {cfg.device}: {name}, {memory_text(cfg.device)}")
+    if making:
+        write_json(run / "config.json", asdict(cfg))
     STAGES[args.stage](cfg, run, *([args.arms] if args.stage == "train" else []))
 
 def main(argv=None):
@@ -1581,7 +1587,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        message, status = f"out of memory (train: try --at-once 1): {str(error).splitlines()[0]}", 2
+        flags = "train: lower --at-once, or --batch in another --run; else give --device cpu"
+        message, status = f"out of memory ({flags}): {str(error).splitlines()[0]}", 2
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
     print(f"dualenc: {message}", file=sys.stderr)
