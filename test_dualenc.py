@@ -34,10 +34,8 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 seeds = st.integers(0, 2**31)
 
-
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 def random_code(B, F, n, seed=0, dtype=torch.float32):
     """A sparse code: values (B, n) >= 0, descending, and ids (B, n), no id twice in a row."""
@@ -45,7 +43,6 @@ def random_code(B, F, n, seed=0, dtype=torch.float32):
     indices = torch.stack([torch.randperm(F, generator=generator)[:n] for _ in range(B)])
     values = torch.rand(B, n, generator=generator, dtype=dtype).sort(1, descending=True).values
     return values, indices
-
 
 def dense(values, indices, F):
     """The code as a matrix (B, F), entry by entry."""
@@ -55,13 +52,11 @@ def dense(values, indices, F):
             f[b, at] += value
     return f
 
-
 def arm(name, **changes):
     sizes = dict(D=10, F=32, k=6, n=4, K=5, top=3) | changes
     torch.manual_seed(0)
     parent = d.make_arm("sae", **sizes) if name in d.CHILDREN else None
     return d.make_arm(name, parent=parent, **sizes)
-
 
 # ------------------------------------------------------------------------------------- the limits
 
@@ -82,7 +77,6 @@ def test_the_module_and_its_tests_keep_their_limits():
             for one in inner:
                 assert not any(isinstance(x, ast.FunctionDef) for x in ast.walk(one) if x is not one), node.name
 
-
 def test_no_function_needs_a_name_that_stands_below_it():
     tree = ast.parse(SOURCE.read_text())
     places = {}
@@ -95,7 +89,6 @@ def test_no_function_needs_a_name_that_stands_below_it():
             for used in ast.walk(node):
                 if isinstance(used, ast.Name) and used.id in places:
                     assert places[used.id] <= node.lineno, (node.name, used.id)
-
 
 @pytest.mark.parametrize("name, check", [
     ("topk_encode", "topk_encode(torch.ones(2, 3), torch.eye(3), torch.zeros(3), 2)[0].shape == (2, 2)"),
@@ -126,7 +119,6 @@ def test_functions_to_lift_work_with_the_names_that_their_docstrings_list(name, 
     exec(compile(ast.fix_missing_locations(code), str(SOURCE), "exec"), space)
     assert eval(check, space)
 
-
 # ------------------------------------------------------------------------------------- core maths
 
 @given(B=st.integers(1, 5), F=st.integers(1, 12), seed=seeds, shift=st.floats(-3, 3), data=st.data())
@@ -142,7 +134,6 @@ def test_topk_encode_against_the_dense_definition(B, F, seed, shift, data):
         assert len(set(indices[row].tolist())) == k
         assert np.allclose(pre[row, indices[row]].clamp_min(0), values[row], atol=1e-5)
 
-
 @given(B=st.integers(1, 4), F=st.integers(8, 20), n=st.integers(1, 8), width=st.integers(1, 5), seed=seeds)
 def test_sparse_decode_is_the_dense_product_and_so_is_its_gradient(B, F, n, width, seed):
     values, indices = random_code(B, F, n, seed)
@@ -155,7 +146,6 @@ def test_sparse_decode_is_the_dense_product_and_so_is_its_gradient(B, F, n, widt
         grads.append((out, v.grad, w.grad))
     for one, other in zip(*grads, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-
 
 @given(B=st.integers(1, 4), F=st.integers(8, 20), n=st.integers(1, 8), K=st.integers(1, 5), seed=seeds)
 def test_fm_interaction_is_the_sum_over_pairs_and_so_is_its_gradient(B, F, n, K, seed):
@@ -176,12 +166,10 @@ def test_fm_interaction_is_the_sum_over_pairs_and_so_is_its_gradient(B, F, n, K,
             by_hand[b] += values[b, i] * values[b, j] * V[indices[b, i]] * V[indices[b, j]]
     assert torch.allclose(d.fm_interaction(values, indices, V), by_hand, atol=1e-4)
 
-
 def test_fm_interaction_worked_example_and_a_lone_feature():
     V = torch.tensor([[1.0], [1.0], [2.0]])
     assert d.fm_interaction(torch.tensor([[1.0, 2, 3]]), torch.tensor([[0, 1, 2]]), V).item() == 20
     assert d.fm_interaction(torch.tensor([[5.0]]), torch.tensor([[2]]), V).item() == 0
-
 
 def test_the_dense_way_of_a_gpu_equals_the_sparse_way(monkeypatch):
     values, indices = random_code(5, 30, 7)
@@ -193,14 +181,12 @@ def test_the_dense_way_of_a_gpu_equals_the_sparse_way(monkeypatch):
     exec(compile(code, "elsewhere", "exec"), space)
     assert torch.allclose(space["sparse_decode"](values, indices, W), sparse, atol=1e-6)
 
-
 def test_a_second_derivative_of_the_decoder_is_refused_not_wrong():
     values, indices = random_code(3, 8, 4)
     values, W = values.requires_grad_(), normal(8, 2).requires_grad_()
     first, = torch.autograd.grad(d.sparse_decode(values, indices, W).square().sum(), values, create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()
-
 
 # --------------------------------------------------------------------------------- modules and arms
 
@@ -214,7 +200,6 @@ def test_initial_weights_are_as_stated():
     for W, std in ((nfm.V, 0.05), (nfm.W_lin, 0.01), (nfm.W_1, 0.01), (nfm.W_2, 0.01)):
         assert W.std().item() == pytest.approx(std, rel=0.1)
     assert not any(b.any() for b in (sae.b_enc, sae.b_dec, nfm.b_lin, nfm.b_1, nfm.b_2))
-
 
 def test_joint_forward_is_the_equations_on_dense_codes():
     model = arm("joint")
@@ -239,7 +224,6 @@ def test_joint_forward_is_the_equations_on_dense_codes():
     assert torch.allclose(parts["interaction"], m.relu() @ nfm.W_2.T + nfm.b_2, atol=1e-4)
     assert list(parts) == ["sae", "linear", "interaction"]
 
-
 def test_arms_have_the_paths_and_sizes_that_their_names_say():
     paths = {name: list(arm(name)(normal(2, 10))) for name in d.ARMS}
     assert paths == {
@@ -256,7 +240,6 @@ def test_arms_have_the_paths_and_sizes_that_their_names_say():
     # all arms but the children start from one SAE
     assert torch.equal(arm("joint").sae.W_dec, arm("sae").sae.W_dec)
 
-
 def test_the_papers_joint_model_has_496_million_parameters():
     with torch.device("meta"):
         model = d.make_arm("joint", D=3200, F=50_000, k=1024, n=512, K=300)
@@ -265,7 +248,6 @@ def test_the_papers_joint_model_has_496_million_parameters():
     assert total == pytest.approx(496.1e6, rel=1e-4)
     assert linear / total == pytest.approx(0.323, abs=5e-4)
     assert (d.count_parameters(model.nfm) - linear) / total == pytest.approx(0.032, abs=5e-4)
-
 
 def test_children_stand_on_a_frozen_sae_cut_to_its_top_features():
     parent = arm("sae")
@@ -278,7 +260,6 @@ def test_children_stand_on_a_frozen_sae_cut_to_its_top_features():
     with pytest.raises(ValueError, match="train that first"):
         d.make_arm("sequential", D=10, F=32, k=6, n=4, K=5, top=3)
 
-
 @given(seed=seeds, k=st.integers(1, 8))
 def test_fold_linear_is_exact_at_n_equal_k(seed, k):
     torch.manual_seed(seed)
@@ -289,12 +270,10 @@ def test_fold_linear_is_exact_at_n_equal_k(seed, k):
     x = normal(9, 6, seed=seed)
     assert torch.allclose(d.fold_linear(model)(x), sum(model(x).values()), atol=1e-4)
 
-
 @pytest.mark.parametrize("name", ["joint", "joint-linear", "joint-interaction", "residual-sae"])
 def test_fold_linear_refuses_what_is_no_single_sae(name):
     with pytest.raises(ValueError):
         d.fold_linear(arm(name))
-
 
 def test_dropout_acts_in_training_alone():
     model = arm("joint", dropout=0.5)
@@ -304,13 +283,11 @@ def test_dropout_acts_in_training_alone():
     model.train()
     assert not torch.equal(model.nfm.post_mlp1(*code), model.nfm.post_mlp1(*code))
 
-
 def test_bad_names_and_sizes_are_refused():
     for changes, message in ((dict(name="jiont"), "unknown arm"), (dict(k=33), "between 1 and"),
                              (dict(n=7), "keeps only")):
         with pytest.raises(ValueError, match=message):
             d.make_arm(**dict(name="joint", D=4, F=32, k=6, n=4, K=5) | changes)
-
 
 # --------------------------------------------------------------------------- evaluation and training
 
@@ -335,7 +312,6 @@ def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
         mean.sae.b_dec.copy_(x.mean(0))
     assert d.evaluate(mean, x, documents)["fvu"]["full"] == pytest.approx(1, abs=1e-6)
 
-
 def test_firing_rates_by_a_loop():
     sae, x = arm("sae").sae, normal(30, 10)
     values, indices = sae.encode(x)
@@ -344,7 +320,6 @@ def test_firing_rates_by_a_loop():
         for value, feature in zip(row, ids, strict=True):
             counts[feature] += value > 0
     assert np.allclose(d.firing_rates(sae, x), np.array(counts) / 30)
-
 
 @given(seed=seeds)
 def test_gain_and_its_interval(seed):
@@ -357,7 +332,6 @@ def test_gain_and_its_interval(seed):
     assert d.gain(own * 0.5, own) == pytest.approx([0.5] * 3)
     assert d.gain(own[:1], base[:1])[1:] == [-math.inf, math.inf]
 
-
 def test_the_bootstraps_interval_is_that_of_scipy():
     from scipy.stats import bootstrap
     rng = np.random.default_rng(0)
@@ -365,7 +339,6 @@ def test_the_bootstraps_interval_is_that_of_scipy():
     interval = bootstrap((own, base), lambda a, b, axis=-1: 1 - a.sum(axis) / b.sum(axis), paired=True,
                          vectorized=True, method="percentile", n_resamples=4000).confidence_interval
     assert d.gain(own, base)[1:] == pytest.approx([interval.low, interval.high], abs=0.01)
-
 
 def test_training_step_is_adam_on_the_clipped_gradient_of_the_mean_squared_error():
     model, other = arm("joint"), arm("joint")
@@ -387,7 +360,6 @@ def test_training_step_is_adam_on_the_clipped_gradient_of_the_mean_squared_error
         assert torch.allclose(one, two, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
 
-
 def test_fit_takes_any_batches_its_rates_fall_to_a_tenth_and_models_do_not_disturb_each_other(monkeypatch):
     rates = []
     step = d.training_step
@@ -405,7 +377,6 @@ def test_fit_takes_any_batches_its_rates_fall_to_a_tenth_and_models_do_not_distu
     expected = [2e-2 * (1 - 0.9 * min(1, i / 8)) for i in range(10)]
     assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(2e-3)
 
-
 # ------------------------------------------------------------------------------- language model, text
 
 def write_text(path, documents=120, words=60, seed=0):
@@ -414,16 +385,13 @@ def write_text(path, documents=120, words=60, seed=0):
     path.write_text("\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, words))) for _ in range(documents)))
     return path
 
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
-
 @pytest.fixture(scope="session")
 def tokenizer(text):
     return d.train_tokenizer(text.read_text().splitlines(), 400)
-
 
 def config_of(kind, layers=3, vocab=400):
     """The configuration of a language model of some thousand weights."""
@@ -438,9 +406,7 @@ def config_of(kind, layers=3, vocab=400):
         sizes |= dict(ffn_dim=24, word_embed_proj_dim=16)
     return AutoConfig.for_model(kind, **sizes)
 
-
 KINDS = ["llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "gemma2", "opt", "phi"]
-
 
 def random_lm(kind, vocab=400):
     """A random language model of that kind, and two windows for it."""
@@ -451,7 +417,6 @@ def random_lm(kind, vocab=400):
         torch.nn.init.normal_(p, std=0.3)
     return lm.eval(), torch.randint(0, 400, (2, 9))
 
-
 @pytest.fixture(scope="session")
 def model(tokenizer, tmp_path_factory):
     """A directory with a random language model and its tokenizer."""
@@ -459,7 +424,6 @@ def model(tokenizer, tmp_path_factory):
     random_lm("llama", vocab=len(tokenizer))[0].save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_capture_is_hidden_states_and_splicing_the_same_changes_nothing(kind):
@@ -476,14 +440,12 @@ def test_capture_is_hidden_states_and_splicing_the_same_changes_nothing(kind):
     assert not torch.equal(d.splice(lm, 1, tokens, lambda hidden: hidden + 1), whole.logits)
     assert torch.equal(lm(input_ids=tokens, use_cache=False).logits, whole.logits)      # no hook is left
 
-
 def test_a_truncated_model_gives_the_same_activations(model):
     tokens = torch.randint(0, 300, (2, 9))
     whole, _ = d.load_lm(model, "cpu", 1, True)
     part, _ = d.load_lm(model, "cpu", 1, False)
     assert torch.equal(d.capture(whole, 1, tokens), d.capture(part, 1, tokens))
     assert len(d.find_blocks(part)) == 2
-
 
 def test_documents_of_each_kind_of_text(tmp_path):
     import pandas
@@ -498,7 +460,6 @@ def test_documents_of_each_kind_of_text(tmp_path):
     assert read("b.txt") == ["one", "two", "three"]
     assert read("c.txt") == [" = Title = \nbody\n = = Part = = \nmore", " = Next = \nend"]
     assert read("d.jsonl") == read("e.parquet") == ["x y", "z"]     # an empty row parts nothing there
-
 
 def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
     documents = {split: [t for t in text.read_text().splitlines() if d.split_of(t) == split]
@@ -518,7 +479,6 @@ def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
     few, _ = d.load_windows(str(text), tokenizer, "train", 100, window=8, seed=0)
     assert 13 <= len(few) < 40
 
-
 def test_docstring_corpus_holds_docstrings_and_no_code(tmp_path, monkeypatch):
     package = tmp_path / "numpy"
     (package / "tests").mkdir(parents=True)
@@ -530,7 +490,6 @@ def test_docstring_corpus_holds_docstrings_and_no_code(tmp_path, monkeypatch):
     monkeypatch.setattr(d.importlib.util, "find_spec", lambda name: spec)
     assert list(d.docstring_corpus()) == ["Module.\n\nOf A.", "Of f."]
 
-
 # ---------------------------------------------------------------------------------------- activations
 
 def data_of(model, text, window=8):
@@ -541,11 +500,9 @@ def data_of(model, text, window=8):
     return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, windows=windows,
                                  standardiser=d.estimate_standardiser(raw))
 
-
 def stream_of(data, seed=0, tokens=3000, chunk=700, batch=64):
     cfg = d.Config(layer=1, window=8, tokens=tokens, chunk=chunk, batch=batch, seed=seed)
     return d.ActivationBatches(cfg, data)
-
 
 def test_batches_hold_every_token_of_the_windows_once_in_an_order_of_the_seed(model, text):
     data = data_of(model, text)
@@ -559,7 +516,6 @@ def test_batches_hold_every_token_of_the_windows_once_in_an_order_of_the_seed(mo
     assert rows(torch.cat(got)) == rows(expected)
     assert all(torch.equal(a, b) for a, b in zip(got, stream_of(data, tokens=len(ids) * 8), strict=True))
     assert not torch.equal(got[0], next(iter(stream_of(data, seed=1, tokens=len(ids) * 8))))
-
 
 def test_a_short_text_is_read_again_and_no_more_than_a_chunk_exists(model, text, monkeypatch):
     data = data_of(model, text)
@@ -577,7 +533,6 @@ def test_a_short_text_is_read_again_and_no_more_than_a_chunk_exists(model, text,
     first = order[:len(batches.ids)]
     assert len(first.unique()) == len(first)
 
-
 def test_standardiser_matches_numpy_and_a_constant_dimension_gets_std_one():
     raw = normal(500, 6) * torch.tensor([1, 2, 3, 4, 5, 0]) + torch.arange(6)
     own = d.estimate_standardiser(raw)
@@ -586,7 +541,6 @@ def test_standardiser_matches_numpy_and_a_constant_dimension_gets_std_one():
     assert torch.allclose(own.decode(own.encode(raw)), raw, atol=1e-5)
     with pytest.raises(ValueError, match="not finite"):
         d.estimate_standardiser(raw / 0)
-
 
 def test_attention_sinks_are_left_out_of_standardiser_training_and_held_out_activations(model, text, monkeypatch):
     data = data_of(model, text)
@@ -610,7 +564,6 @@ def test_attention_sinks_are_left_out_of_standardiser_training_and_held_out_acti
     assert places.tolist() == [[at // 8, at % 8 + 1] for at in kept]
     assert documents.tolist() == [int(numbers[at // 8]) for at in kept]
 
-
 # --------------------------------------------------------------------------------------- claims and kl
 
 def test_answers_follow_whole_intervals():
@@ -624,20 +577,17 @@ def test_answers_follow_whole_intervals():
     assert answers((d.PAPER, 0.03, dict(below=0.05)), (d.FAIR, 3.0, {})) == dict(reproduced="yes", survives="–")
     assert answers((d.FAIR, [0.1, -math.inf, math.inf], above))["survives"] == "undecided"
 
-
 def test_what_is_not_a_number_neither_decides_nor_is_stored(tmp_path):
     rows = [d.Row("11", "p", d.PAPER, math.nan, below=0.05), d.Row("11", "share", d.FAIR, 0.01, below=0.05)]
     d.save_results(tmp_path, "anova", rows)
     found = json.loads((tmp_path / "results" / "anova.json").read_text())
     assert len(found["rows"]) == 1 and found["answers"]["11"] == dict(reproduced="–", survives="yes")
 
-
 def test_values_as_text():
     assert d.show([0.413, 0.4, 0.42], "error") == "41.3 % less error [40.0, 42.0]"
     assert d.show([-0.053, -0.06, -0.046], "error") == "5.3 % more error [4.6, 6.0]"
     assert d.show(0.06, "%") == "6.0 %" and d.show(2.994, "×") == "2.99 ×" and d.show(2) == "2"
     assert d.show([0.006, -0.002, 0.011], "KL") == "0.6 % less KL [-0.2, 1.1]"
-
 
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=2), seed=seeds)
 def test_kl_divergence_against_a_loop(shape, seed):
@@ -651,14 +601,12 @@ def test_kl_divergence_against_a_loop(shape, seed):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert (d.kl_divergence(p.to(dtype), p.to(dtype)) == 0).all()
 
-
 def test_epsilon_random_has_the_errors_length_and_no_direction():
     x, x_hat = normal(4000, 8), normal(4000, 8, seed=1)
     new = d.epsilon_random(x, x_hat, torch.Generator().manual_seed(7))
     assert torch.allclose((new - x).norm(dim=1), (x_hat - x).norm(dim=1), rtol=1e-4)
     cosine = torch.nn.functional.cosine_similarity(new - x, x_hat - x)
     assert abs(cosine.mean()) < 0.03 and cosine.std().item() == pytest.approx(8 ** -0.5, rel=0.1)
-
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=8), seed=seeds)
 def test_tokens_of_others_are_of_another_document_each_once(sizes, seed):
@@ -670,7 +618,6 @@ def test_tokens_of_others_are_of_another_document_each_once(sizes, seed):
         return
     other = d.tokens_of_others(documents)
     assert (documents[other] != documents).all() and sorted(other.tolist()) == list(range(len(other)))
-
 
 def test_splice_losses_window_by_window():
     lm, _ = random_lm("llama")
@@ -695,7 +642,6 @@ def test_splice_losses_window_by_window():
     assert np.allclose(found["new"][0], kl, atol=1e-4)
     assert found["new"][1] == pytest.approx(np.mean(ce), rel=1e-4)
 
-
 def test_replacements_are_the_paths_and_their_stand_ins():
     model, raw = arm("joint"), normal(40, 10) * 3 + 1
     model.standardiser = d.Standardiser(raw.mean(0), raw.std(0))
@@ -710,7 +656,6 @@ def test_replacements_are_the_paths_and_their_stand_ins():
     assert torch.allclose(shuffled.norm(dim=1), error.norm(dim=1), rtol=1e-3)
     assert torch.allclose(torch.nn.functional.cosine_similarity(shuffled, error[other]), torch.ones(40), atol=1e-3)
     assert torch.allclose((found["full random"] - raw).norm(dim=1), (found["full"] - raw).norm(dim=1), rtol=1e-3)
-
 
 # ------------------------------------------------------------------------------------------------ gram
 
@@ -729,18 +674,15 @@ def test_gram_stats_against_dense_matrices(F, width, block, seed):
         assert abs(found[f"components_90{suffix}"] - count) <= (abs(shares - 0.9).min() < 1e-4)
         assert found[f"first_50{suffix}"] == pytest.approx(shares[:50][-1], abs=1e-5)
 
-
 def test_components_are_of_the_thousand_largest_as_published():
     W = torch.diag(torch.ones(1100))
     assert d.gram_stats(W)["components_90"] == 900 and d.gram_stats(W)["components_90_centred"] in (989, 990)
-
 
 def test_find_modes_of_one_and_of_two_log_normals():
     rng = np.random.default_rng(0)
     one, two = np.exp(rng.normal(-1, 0.3, 2000)), np.exp(rng.normal(-3, 0.3, 2000))
     assert d.find_modes(one) == pytest.approx([math.exp(-1)], rel=0.15)
     assert d.find_modes(np.concatenate([one, two])) == pytest.approx([math.exp(-3), math.exp(-1)], rel=0.15)
-
 
 def test_norm_shares_by_ranks_and_the_papers_arithmetic():
     rng = np.random.default_rng(0)
@@ -755,7 +697,6 @@ def test_norm_shares_by_ranks_and_the_papers_arithmetic():
     rows = d.share_rows(dec, lin, V, lin, V, 0)
     assert [d.show(row.value, row.unit) for row in rows if "arithmetic" in row.label] == [
         "70.2 %", "27.7 %", "42.5 %", "29.8 %"]
-
 
 # ----------------------------------------------------------------------------------- secondary, anova
 
@@ -789,7 +730,6 @@ def test_strongest_rows_and_pairs_by_loops():
     for (a, b), best in zip(pairs, rows, strict=True):
         assert best == sorted(range(60), key=lambda row: float(-f[row, a] * f[row, b]))[:2]
 
-
 def test_two_way_anova_of_a_balanced_table_by_explicit_sums():
     rng = np.random.default_rng(0)
     y = rng.normal(size=(2, 3, 5)) + np.arange(2)[:, None, None] * np.arange(3)[None, :, None]
@@ -803,7 +743,6 @@ def test_two_way_anova_of_a_balanced_table_by_explicit_sums():
     assert found["F_b"] == pytest.approx(ss_b / 2 / (ss_error / 24))
     assert found["F_ab"] == pytest.approx(ss_ab / 2 / (ss_error / 24))
     assert found["eta2_ab"] == pytest.approx(ss_ab / (ss_ab + ss_error))
-
 
 def test_two_way_anova_of_an_unbalanced_published_table():
     # Weights gained by diet and sex, unequal cells; type II sums by nested projections, written out.
@@ -824,7 +763,6 @@ def test_two_way_anova_of_an_unbalanced_published_table():
     both = d.two_way_anova(np.stack([y, 2 * y + 5], 1), a, b)
     assert both["F_ab"] == pytest.approx([found["F_ab"]] * 2)
 
-
 def test_two_way_anova_is_uniform_without_an_effect_and_refuses_empty_cells():
     rng = np.random.default_rng(0)
     a, b = np.repeat([0, 0, 1, 1], 8), np.tile(np.repeat([0, 1], 8), 2)
@@ -834,7 +772,6 @@ def test_two_way_anova_is_uniform_without_an_effect_and_refuses_empty_cells():
         with pytest.raises(ValueError):
             d.two_way_anova(np.arange(4.0), *labels)
 
-
 def test_word_tokens_leaves_out_shared_first_tokens():
     ids = {f" {w}": [n] for n, w in enumerate("abcdefghijklmnopqrst")} | {" shared": [99], " also": [99]}
     def tokenizer(text, add_special_tokens):
@@ -843,7 +780,6 @@ def test_word_tokens_leaves_out_shared_first_tokens():
     assert tokens.tolist() == list(range(16)) and cells.tolist() == sorted([0, 1, 2, 3] * 4)
     with pytest.raises(d.UserError):
         d.word_tokens(tokenizer, ("a b c shared", "e f g h also", "i j k l", "m n o p"))
-
 
 def clamped(model, text):
     """What read_text reads of a text by a joint arm of a random language model, and that model."""
@@ -860,7 +796,6 @@ def clamped(model, text):
     cfg.device = "cpu"
     texts = [d.read_text(cfg, data, own, secondary, " ".join(WORDS[i:i + 4])) for i in (0, 9)]
     return data, own, secondary, texts
-
 
 def test_a_clamp_to_once_itself_changes_nothing_and_others_are_as_by_hand(model, text):
     data, own, secondary, texts = clamped(model, text)
@@ -884,12 +819,10 @@ def test_a_clamp_to_once_itself_changes_nothing_and_others_are_as_by_hand(model,
     linear = d.clamp_effects(data.lm, 1, own, texts, "linear", [0], own.nfm.W_lin[[0]])
     assert linear.shape == (1, expected.shape[0])
 
-
 # ------------------------------------------------------------------------------------------ the stages
 
 def stage(name, run, *flags):
     return d.main([name, "--run", str(run), "--device", "cpu", *map(str, flags)])
-
 
 @pytest.fixture(scope="session")
 def trained(model, text, tmp_path_factory):
@@ -898,17 +831,14 @@ def trained(model, text, tmp_path_factory):
     assert stage("train", run, "--model", model, "--text", text, "--layer", 1, *SMALL) == 0
     return run
 
-
 @pytest.fixture(scope="session")
 def measured(trained):
     for name in ("recon", "kl", "gram", "secondary"):
         assert stage(name, trained) == 0
     return trained
 
-
 def results_of(run, name):
     return json.loads((run / "results" / f"{name}.json").read_text())
-
 
 def test_the_run_holds_what_it_should(trained):
     assert d.trained_arms(trained) == d.DEFAULT_ARMS
@@ -922,7 +852,6 @@ def test_the_run_holds_what_it_should(trained):
         assert own["lr"] == min(errors, key=errors.get) and own["settings"]["k"] == 6
     assert not list(trained.glob(".*"))
 
-
 def test_load_arm_reconstructs_raw_activations(trained, model, text):
     own = d.load_arm(trained / "joint.safetensors")
     data = data_of(model, text)
@@ -931,7 +860,6 @@ def test_load_arm_reconstructs_raw_activations(trained, model, text):
     assert x.mean().abs() < 0.3 and x.std().item() == pytest.approx(1, abs=0.3)
     x_hat = own.standardiser.decode(sum(own(x).values()))
     assert (x_hat - raw).square().mean() < raw.var()
-
 
 def test_recon_against_a_recomputation(measured, model, text):
     found = results_of(measured, "recon")
@@ -958,7 +886,6 @@ def test_recon_against_a_recomputation(measured, model, text):
     e = found["arms"]["sae-2dec"]["fvu"]
     assert rows["1", "the same by arithmetic"]["value"] == pytest.approx(1 - e / (e + (1 - e) / 4))
     assert found["answers"]["1"]["reproduced"] in ("yes", "no", "undecided")
-
 
 def test_kl_of_a_run(measured, model, text):
     found = results_of(measured, "kl")
@@ -996,7 +923,6 @@ def test_kl_of_a_run(measured, model, text):
     shares = [rows["7", f"share of the parameters, {name}"] for name in ("SAE", "linear", "nonlinear")]
     assert sum(shares) == pytest.approx(1)
 
-
 def test_gram_and_secondary_of_a_run(measured):
     gram, secondary = results_of(measured, "gram"), results_of(measured, "secondary")
     joint = d.load_arm(measured / "joint.safetensors")
@@ -1009,7 +935,6 @@ def test_gram_and_secondary_of_a_run(measured):
     assert any(re.fullmatch(r"  features \d+ and \d+, together .*: «.*» in …(.|\n)*…", line) for line in printed)
     assert sum("secondary feature" in line for line in printed) > 4
 
-
 def test_anova_of_a_run(measured, tmp_path, monkeypatch, capsys):
     assert stage("anova", measured) == 2 and "fewer than 4 words" in capsys.readouterr().err
     words = [" ".join(WORDS[i:i + 30]) for i in (0, 30, 60, 90)]
@@ -1019,7 +944,6 @@ def test_anova_of_a_run(measured, tmp_path, monkeypatch, capsys):
     for own in found["arms"].values():
         assert 0 < own["p"] <= 1 and own["F"] >= 0 and 0.01 <= own["share_random"] <= 1
     assert set(found["answers"]["11"].values()) <= {"yes", "no", "undecided"}
-
 
 def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, capsys):
     assert stage_report(measured) == 0
@@ -1039,16 +963,13 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
     assert "± 0" in (measured / "report.md").read_text()
     assert stage_report(tmp_path / "none") == 2
 
-
 def stage_report(*runs):
     return d.main(["report", *itertools.chain(*(("--run", str(run)) for run in runs))])
-
 
 def test_all_is_there_is_said_and_nothing_is_trained_again(trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained.glob("*.safetensors")}
     assert stage("train", trained) == 0 and "all there" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in trained.glob("*.safetensors")}
-
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_arms_end_with_the_same_weights_however_many_share_a_pass(trained, model, text, tmp_path, at_once):
@@ -1058,7 +979,6 @@ def test_arms_end_with_the_same_weights_however_many_share_a_pass(trained, model
     for name in ("sae", "joint", "sequential"):
         one, two = (d.load_arm(each / f"{name}.safetensors").state_dict() for each in (run, trained))
         assert all(torch.equal(one[key], two[key]) for key in two), name
-
 
 def test_killed_and_started_again_it_ends_with_the_same_weights(trained, model, text, tmp_path):
     run = tmp_path / "run"
@@ -1075,7 +995,6 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(trained, model, 
         one, two = (d.load_arm(each / f"{name}.safetensors").state_dict() for each in (run, trained))
         assert all(torch.equal(one[key], two[key]) for key in two), name
 
-
 def test_float16_weights_and_published_epsilon_train(model, text, tmp_path):
     flags = ["--model", model, "--text", text, "--layer", 1, *SMALL, "--param-dtype", "float16",
              "--adam-eps", 1e-5]
@@ -1084,7 +1003,6 @@ def test_float16_weights_and_published_epsilon_train(model, text, tmp_path):
         own = d.load_arm(tmp_path / "run" / f"{name}.safetensors")
         assert own.sae.W_dec.dtype == torch.float32 and own.sae.W_dec.isfinite().all()
 
-
 def test_a_rate_that_is_not_finite_is_dropped_and_an_arm_without_one_is_refused(model, text, tmp_path, capsys):
     flags = ["--model", model, "--text", text, "--layer", 1, *SMALL]
     assert stage("train", tmp_path / "a", "sae", *flags, "--lr", 1e30, 0.003) == 0
@@ -1092,15 +1010,16 @@ def test_a_rate_that_is_not_finite_is_dropped_and_an_arm_without_one_is_refused(
     assert stage("train", tmp_path / "b", "sae", *flags, "--lr", 1e30) == 2
     assert "no rate has a finite loss" in capsys.readouterr().err and not d.trained_arms(tmp_path / "b")
 
-
 def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, capsys):
     run, text = tmp_path / "run", write_text(tmp_path / "long.txt", words=600)
     assert stage("lm", run, "--text", text, "--lm-steps", 20) == 0
     assert "nats per token" in capsys.readouterr().out
     lm, tokenizer = d.load_lm(run / "lm", "cpu", 2, True)
     assert lm.config.hidden_size == 128 and tokenizer.decode(tokenizer("hello there")["input_ids"]) == "hello there"
-    assert stage("train", run, "sae", *SMALL, "--tokens", 600, "--text", text) == 0
-
+    assert stage("train", run, "sae", "joint", *SMALL, "--tokens", 600, "--text", text) == 0
+    out = capsys.readouterr().out
+    assert "joint: SAE 12,464 weights linear 6,272 weights nonlinear 1,226 weights" in out
+    assert re.search(r"a pass of 4 models takes 0.00 GB; [\d.]+ GB in all", out)
 
 # ------------------------------------------------------------------------- the paper's directory layout
 
@@ -1109,18 +1028,17 @@ def openllama(path, lines):
     import sentencepiece
     path.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path / "tokenizer"), vocab_size=400,
+        sentence_iterator=iter(lines), model_prefix=str(path / "tokenizer"), vocab_size=900,
         model_type="bpe", byte_fallback=True, minloglevel=2, pad_id=-1)
     (path / "tokenizer.vocab").unlink()
     config = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, bos_token="<s>", eos_token="</s>")
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    lm, _ = random_lm("llama")
+    lm, _ = random_lm("llama", vocab=900)
     lm.config.bos_token_id, lm.config.eos_token_id = 1, 2
     lm.config.architectures = ["LlamaForCausalLM"]
     lm.config.save_pretrained(path)
     torch.save(lm.half().state_dict(), path / "pytorch_model.bin")
     return path
-
 
 def wikitext(path):
     """A text in WikiText's layout: headings of two levels, blank rows, documents of many lines."""
@@ -1133,19 +1051,20 @@ def wikitext(path):
     path.write_text("\n".join(rows))
     return path
 
-
 def test_the_papers_preset_on_a_directory_as_openllamas_and_text_as_wikitexts(tmp_path):
     text = wikitext(tmp_path / "wiki.txt")
-    lm = openllama(tmp_path / "lm", text.read_text().splitlines())
+    words = " ".join(d.STIMULI["formality-emotion"]["words"])
+    lm = openllama(tmp_path / "lm", [*text.read_text().splitlines(), *[words] * 2000])
     assert {p.name for p in lm.iterdir()} == {
         "config.json", "pytorch_model.bin", "tokenizer.model", "tokenizer_config.json"}
     assert len(list(d.read_documents(str(text)))) == 250
     run = tmp_path / "run"
     flags = ["--preset", "paper", "--model", lm, "--text", text, "--layer", 1, *SMALL, "--chunk", 1000]
-    assert stage("train", run, "sae", "joint", "sequential", *flags) == 0
-    for name in ("recon", "kl", "gram", "secondary"):
+    assert stage("train", run, *flags) == 0
+    for name in d.MEASURING:
         assert stage(name, run) == 0, name
-    assert stage_report(run) == 0
+    assert stage_report(run) == 0 and "Stages missing: none" in (run / "report.md").read_text()
+    assert set(d.trained_arms(run)) == set(d.DEFAULT_ARMS) == set(results_of(run, "kl")["arms"])
     config = json.loads((run / "config.json").read_text())
     assert config["preset"] == "paper" and config["dropout"] == 0.15 and config["at_once"] == 2
     tokenizer = d.load_lm(lm, "cpu", 1, True)[1]
@@ -1155,12 +1074,10 @@ def test_the_papers_preset_on_a_directory_as_openllamas_and_text_as_wikitexts(tm
     windows = [d.load_windows(str(file), tokenizer, "train", 10**5, window=8, seed=0)[0] for file in (once, twice)]
     assert len({tuple(row) for row in windows[0].tolist()} & {tuple(row) for row in windows[1].tolist()}) > 20
 
-
 # ------------------------------------------------------ the paper's size on a GPU, counted without one
 # Fake tensors have shapes and no values: what a stage holds, computes and moves is counted in seconds.
 PAPER = d.Config(preset="paper", **d.PRESETS["paper"])
 CARD = dict(fp32=0.6 * 35.6e12, fp16=0.6 * 71e12, bytes=936e9)     # an RTX 3090: 60 % of its peaks, memory
-
 
 class Count(TorchDispatchMode):
     """Bytes that exist now, and at most; bytes that operations other than products read and write."""
@@ -1185,7 +1102,6 @@ class Count(TorchDispatchMode):
     def _free(self, size):
         self.now -= size
 
-
 def materialise(module, dtype=None):
     """A module made on the meta device, its weights as fake tensors."""
     for each in module.modules():
@@ -1196,7 +1112,6 @@ def materialise(module, dtype=None):
             setattr(each, name, torch.empty(b.shape))
     return module
 
-
 def paper_arm(name, train=False):
     with torch.device("meta"):
         parent = d.DualEncoder(d.TopKSAE(3200, PAPER.features, PAPER.k))
@@ -1204,12 +1119,10 @@ def paper_arm(name, train=False):
         model.standardiser = d.Standardiser(torch.empty(3200), torch.empty(3200))
     return materialise(model if train else model.requires_grad_(False))
 
-
 def secondary_sae():
     with torch.device("meta"):
         model = d.make_arm("sae", D=300, F=7500, k=150, n=1, K=1)
     return materialise(model)
-
 
 def openllama_3b(whole, dtype=torch.float16):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -1219,7 +1132,6 @@ def openllama_3b(whole, dtype=torch.float16):
     with torch.device("meta"):
         lm = LlamaForCausalLM(config).eval().requires_grad_(False)
     return materialise(lm if whole else lm.base_model, dtype)
-
 
 @pytest.fixture(scope="module")
 def count():
@@ -1246,17 +1158,14 @@ def count():
                                          flops=flops.get_total_flops())
         yield count
 
-
 def windows(count):
     return torch.zeros(count, 51, dtype=torch.long)
-
 
 def trainers(models, x):
     optimizers = [d.make_optimizer(model, lr=1e-3) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):       # Adam's moments come with a first step
         d.training_step(model, optimizer, x)
     return models, optimizers, x
-
 
 @pytest.fixture(scope="module")
 def paper_counts(count):
@@ -1299,7 +1208,6 @@ def paper_counts(count):
         lambda lm, model, text, rows: d.clamp_effects(lm, 16, model, [text], "secondary", [0] * 99, rows))
     return found
 
-
 def test_paper_size_needs_at_most_22_gb_in_any_stage(paper_counts):
     print("\nstage                        held  on top   sum, GB")
     for name, own in paper_counts.items():
@@ -1310,7 +1218,6 @@ def test_paper_size_needs_at_most_22_gb_in_any_stage(paper_counts):
     assert joint.held == pytest.approx(2 * 12 * weights + lm + (3334 + 3 * 10_000) * 12_800, rel=0.01)
     assert joint.top > 4 * weights + 2 * 3334 * 50_000 * 4
 
-
 def test_paper_size_is_what_train_says_before_a_pass(paper_counts):
     lm_and_chunk = paper_counts["pass"].held + 3 * 10_000 * 12_800
     for name in d.DEFAULT_ARMS:
@@ -1319,7 +1226,6 @@ def test_paper_size_is_what_train_says_before_a_pass(paper_counts):
             models = [d.make_arm(name, parent=parent, **PAPER.sizes(3200)) for _ in range(2)]
         said = d.pass_bytes(models, 3334)
         assert 0 <= said - (paper_counts["train", name].total - lm_and_chunk) < 0.11 * said, name
-
 
 def test_paper_size_takes_at_most_eight_hours(paper_counts):
     def seconds(own, kind="fp32"):
@@ -1351,7 +1257,6 @@ def test_paper_size_takes_at_most_eight_hours(paper_counts):
     print(f"{'sum':26}{sum(stages.values()) / 3600:8.2f} hours")
     assert sum(stages.values()) <= 8 * 3600
 
-
 @pytest.mark.parametrize("stage_name", ["lm", "train", "recon", "anova"])
 def test_the_papers_preset_is_refused_on_a_cpu_unless_told(tmp_path, monkeypatch, capsys, stage_name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1368,6 +1273,44 @@ def test_the_papers_preset_is_refused_on_a_cpu_unless_told(tmp_path, monkeypatch
         assert d.main([*arguments, "--device", "cpu"]) == 0
         assert capsys.readouterr().out.startswith(f"device cpu: {torch.get_num_threads()} threads, ")
 
+def test_one_long_article_and_many_short_ones(tmp_path, tokenizer):
+    text, long, rng = tmp_path / "articles.txt", 1300, random.Random(0)
+    articles = [" ".join(rng.choices(WORDS, k=long if number == 7 else 9)) for number in range(30_000)]
+    articles = [f" = Title {number} = \n{article}" for number, article in enumerate(articles)]
+    while d.split_of(articles[7]) != "train" or len(tokenizer(articles[7])["input_ids"]) < 20_000:
+        articles[7] += " " + " ".join(rng.choices(WORDS, k=200))
+    text.write_text("\n\n".join(articles))
+    seen = {}
+    for split in ("train", "validation", "test"):
+        ids, numbers = d.load_windows(str(text), tokenizer, split, 10**7, window=20, seed=0)
+        seen[split] = set(numbers.tolist())
+        assert ids.shape == (len(numbers), 21) and ids.dtype == torch.int64 and (ids[:, 0] == 0).all()
+        if split == "train":
+            assert (numbers == 7).sum() >= 1000 - 10        # all of the article, in windows
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
+    sizes = [len(own) / sum(map(len, seen.values())) for own in seen.values()]
+    assert sizes == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_language_model_in_half_precision_with_activations_up_to_60_000(dtype):
+    lm, _ = random_lm("llama")
+    with torch.no_grad():       # the stream that enters block 1 is hardly more than the embedding
+        lm.model.embed_tokens.weight *= 50_000 / lm.model.embed_tokens.weight.abs().max()
+    lm, ids = lm.to(dtype), torch.randint(0, 400, (6, 9))
+    raw = d.extract(lm, 1, ids)
+    assert 40_000 < raw.abs().max() < 60_000 and raw.dtype == torch.float32
+    standardiser = d.estimate_standardiser(raw)
+    assert all(buffer.isfinite().all() for buffer in standardiser.buffers()) and standardiser.keeps(raw).all()
+    keeps = torch.ones(6, 9, dtype=torch.bool)
+    keeps[:, 0] = False
+    found = d.splice_losses(lm, 1, ids, keeps, {"same": raw, "beyond": raw.flip(0) * 1.5})
+    assert (found["same"][0] == 0).all()                   # exactly, in half precision too
+    assert all(kl.isfinite().all() and math.isfinite(ce) for kl, ce in found.values())
+    assert found["beyond"][0].mean() > 0
+    lm.model.embed_tokens.weight.data *= 10
+    if dtype == torch.float16:
+        with pytest.raises(ValueError, match="not finite"):
+            d.estimate_standardiser(d.extract(lm, 1, ids))
 
 # ------------------------------------------------------------------------------------------- bad input
 
@@ -1376,7 +1319,6 @@ def one_line(capsys):
     lines = [line for line in re.split(r"[\n\r]", err) if line.startswith("dualenc:")]
     assert len(lines) == 1 and "Traceback" not in err
     return lines[0]
-
 
 @pytest.mark.parametrize("flags, message", [
     ("--preset big", "unknown preset"), ("--k 49", "--k <= --features"), ("--n 7", "--n, --top <= --k"),
@@ -1393,13 +1335,11 @@ def test_bad_settings_are_one_line_and_nothing_is_half_written(model, text, tmp_
     assert message in one_line(capsys)
     assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.json"}
 
-
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\xff", b"one short line"])
 def test_texts_without_a_document_of_a_window_are_refused(model, tmp_path, capsys, content):
     (tmp_path / "t.txt").write_bytes(content)
     assert stage("train", tmp_path / "run", "--model", model, "--text", tmp_path / "t.txt", "--layer", 1, *SMALL) == 2
     assert "t.txt" in one_line(capsys)
-
 
 def test_stages_before_their_time_and_contradictions_are_refused(trained, tmp_path, capsys):
     for name in ("recon", "kl", "gram", "secondary", "anova"):
@@ -1412,11 +1352,9 @@ def test_stages_before_their_time_and_contradictions_are_refused(trained, tmp_pa
         stage("recon", trained, "--k", 5)
     assert stopped.value.code == 2 and "--k" in one_line(capsys)
 
-
 def test_children_need_their_parent(model, text, tmp_path, capsys):
     assert stage("train", tmp_path / "run", "sequential", "--model", model, "--text", text, *SMALL) == 2
     assert "train that first" in one_line(capsys)
-
 
 def test_settings_may_change_until_the_first_arm_is_there(model, text, tmp_path, monkeypatch):
     run = tmp_path / "run"
@@ -1427,7 +1365,6 @@ def test_settings_may_change_until_the_first_arm_is_there(model, text, tmp_path,
     assert stage("train", run, "sae", *flags, "--layer", 2) == 0
     assert (run / "standardiser.safetensors").read_bytes() != first
     assert json.loads((run / "config.json").read_text())["layer"] == 2
-
 
 def test_damaged_and_foreign_files_are_refused(trained, tmp_path, capsys):
     run = tmp_path / "run"
@@ -1445,7 +1382,6 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path, capsys):
     (run / "config.json").write_text('{"k": 3}')
     assert stage("recon", run) == 2 and "config.json" in one_line(capsys)
 
-
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(trained, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -1455,7 +1391,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(trained, tmp_path, mo
     monkeypatch.setattr(d, "save_file", full)
     assert stage("train", run, "joint") == 2 and "No space left" in one_line(capsys)
     assert not list(run.glob(".*")) and "joint" not in d.trained_arms(run)
-
 
 def test_memory_running_out_names_the_flags_and_a_bug_is_no_mistake_of_the_users(monkeypatch, capsys):
     def fail(error):
@@ -1470,7 +1405,6 @@ def test_memory_running_out_names_the_flags_and_a_bug_is_no_mistake_of_the_users
     with pytest.raises(RuntimeError):
         d.main(["recon"])
 
-
 def test_help_is_instant_and_names_every_setting():
     code = "import sys, dualenc; assert 'transformers' not in sys.modules and 'scipy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SOURCE.parent)
@@ -1478,7 +1412,6 @@ def test_help_is_instant_and_names_every_setting():
                           text=True).stdout
     for field in d.fields(d.Config):
         assert f"--{field.name.replace('_', '-')}" in text
-
 
 # ----------------------------------------------------------------------------------- README, shell files
 
@@ -1490,7 +1423,6 @@ def test_every_python_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch)
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {"raw": normal(6, 16), "__name__": "snippet"})
 
-
 def test_every_command_of_the_readme_parses():
     text = (SOURCE.parent / "README.md").read_text()
     commands = re.findall(r"dualenc\.py (\w+[^\n`#]*)", text)
@@ -1498,11 +1430,9 @@ def test_every_command_of_the_readme_parses():
     for command in commands:
         d.build_parser().parse_args(command.split())
 
-
 def test_reproduce_refuses_an_unknown_preset():
     found = subprocess.run([str(SOURCE.parent / "reproduce.sh"), "huge"], capture_output=True, text=True)
     assert found.returncode == 2 and found.stderr.count("\n") == 1
-
 
 # ---------------------------------------------------------------------------------- worlds with a truth
 
@@ -1523,7 +1453,6 @@ def world(seed, gamma, steps, *, D=64, G=96, P=24, alone=0.04, together=0.015, n
         return x, f
     return draw, pairs, unit[:G]
 
-
 def trained_in_world(draw, seed, steps, lr=5e-3):
     sample, _ = draw(20_000)
     mean, std = sample.mean(0), sample.std(0)
@@ -1535,7 +1464,6 @@ def trained_in_world(draw, seed, steps, lr=5e-3):
     batches = ((draw(512)[0] - mean) / std for _ in range(steps))
     d.fit(models, batches, lr=[lr] * 3, steps=steps)
     return dict(zip(names, models, strict=True)), mean, std
-
 
 def judged(seed, gamma, steps=2000):
     """AUROC of planted pairs against decoys by the learned interaction, and the gains in error."""
@@ -1561,14 +1489,12 @@ def judged(seed, gamma, steps=2000):
     own = mse["joint-interaction"]
     return auroc, 1 - own / mse["sae"], 1 - own / mse["sae-matched"]
 
-
 @pytest.mark.parametrize("kind, gamma", [("planted", 0.7), ("null", 0.0)])
 def test_world_planted_pairs_are_told_from_decoys_and_a_null_world_gains_too(kind, gamma):
     auroc, over_sae, over_matched = judged(0, gamma)
     print(f"\n{kind} world: AUROC {auroc:.2f}, joint-interaction over sae {over_sae:.1%}, over sae-matched "
           f"{over_matched:.1%}")
     assert auroc >= 0.9 if gamma else 0.3 <= auroc <= 0.7
-
 
 @pytest.mark.skipif("WORLDS" not in os.environ, reason="minutes: three seeds and rates, for the README")
 def test_world_over_seeds():
