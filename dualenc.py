@@ -329,7 +329,7 @@ class Config:
     lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "rates; each arm keeps its best")
     param_dtype: str = setting("float32", "of weights in training")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
-    at_once: int = setting(0, "rates of an arm that share a pass; 0: all, of all arms", "train")
+    at_once: int = setting(0, "models (an arm at a rate) that share a pass; 0: all", "train")
     eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon secondary")
     kl_tokens: int = setting(20_000, "held-out tokens to splice", "kl")
     stimuli: str = setting("docs", "texts of two factors: docs, formality-emotion", "anova")
@@ -745,7 +745,7 @@ def memory_text(device):
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB in all"
 
 def pass_bytes(models, batch):
-    """Memory that a pass over DualEncoders takes, about: weights and Adam's moments; of one at a
+    """Memory that a pass of models takes, about: weights and Adam's moments; of one at a
     time the gradients, and 2.5 matrices (batch, F) of pre-activations and codes."""
     held, steps = 0, []
     for model in models:
@@ -781,14 +781,16 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             if mse < best.get(name, (math.inf, None))[0]:  # never, if it is not a number
                 model.config |= dict(lr=rate)
                 best[name] = mse, model.cpu()  # waits in CPU memory
-        del models, model  # before the next ones are made
-    for name, (_, model) in best.items():
-        model.config |= dict(validation_mse=errors[name], settings=asdict(cfg))
-        model.standardiser = standardiser
-        save_arm(run / f"{name}.safetensors", model)
-        print(f"{name:18} validation mse", {lr: round(e, 4) for lr, e in errors[name].items()})
-    for name in set(arms) - set(best):
-        raise UserError(f"{name}: no rate has a finite loss; lower --lr, in another --run")
+        del models, model
+        for name in [name for name in best if len(errors[name]) == len(cfg.lr)]:
+            _, model = best.pop(name)
+            model.config |= dict(validation_mse=errors[name], settings=asdict(cfg))
+            model.standardiser = standardiser
+            save_arm(run / f"{name}.safetensors", model)
+            print(f"{name:18} validation mse", {lr: round(e, 4) for lr, e in errors[name].items()})
+    for name in arms:
+        if not (run / f"{name}.safetensors").exists():
+            raise UserError(f"{name}: no rate has a finite loss; lower --lr in another --run")
 
 def run_train(cfg, run, arms):
     """Stage `train`: train the arms that are not there yet, each at every learning rate."""
@@ -807,11 +809,10 @@ def run_train(cfg, run, arms):
     def make(name):
         parent = load_arm(run / "sae.safetensors") if name in CHILDREN else None
         return make_arm(name, parent=parent, **cfg.sizes(len(data.standardiser.mean)))
-    groups = [[name] for name in first + then] if cfg.at_once else [first, then]
-    for group in filter(None, groups):
-        for name in group:  # an older arm of that name had one
-            (run / f"{name}.secondary.safetensors").unlink(missing_ok=True)
-        shutil.rmtree(run / "results", ignore_errors=True)
+    shutil.rmtree(run / "results", ignore_errors=True)
+    for name in wanted:  # an older arm of that name had one
+        (run / f"{name}.secondary.safetensors").unlink(missing_ok=True)
+    for group in filter(None, (first, then)):
         train_arms(cfg, run, group, make, batches, (x, documents), data.standardiser, cfg.at_once)
 
 # ---------------------------------- claims
