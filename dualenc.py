@@ -1504,9 +1504,8 @@ def run_report(runs):
     status = f"Stages missing: {' '.join(missing) or 'none'}."
     head = ["the paper says", "paper", "here", ZERO, FAIR, "reproduced? / survives?"]
     lines = [f"# Report of {', '.join(map(str, runs))}", "", LEGEND, "", status, ""]
-    for number, row in enumerate([head, *table_of(rows)]):
+    for row in (head, ["---"] * 6, *table_of(rows)):
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"]
-        lines += ["|---" * 6 + "|"] * (number == 0)
         columns = map(textwrap.wrap, row, (20, 7, 21, 17, 19, 11))
         for cells in itertools.zip_longest(*columns, fillvalue=""):
             print("{:20} {:7} {:21} {:17} {:19} {}".format(*cells))
