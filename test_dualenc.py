@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1426,11 +1427,21 @@ def test_every_python_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch)
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {"raw": normal(6, 16), "__name__": "snippet"})
+    # what the files for SAELens say, by its equations: TopK of a ReLU of raw W_enc + b_enc, times W_dec, + b_dec
+    saved, cfg = load_file("saelens/sae_weights.safetensors"), json.loads(pathlib.Path("saelens/cfg.json").read_text())
+    model, raw = d.load_arm(trained / "sae-2dec.safetensors"), 3 * normal(40, 16) + 1
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", 16, 48, 6)
+    assert saved["W_enc"].shape == (16, 48) and saved["W_dec"].shape == (48, 16)
+    values, indices = (raw @ saved["W_enc"] + saved["b_enc"]).relu().topk(cfg["k"])
+    x_hat = torch.zeros(40, 48).scatter(1, indices, values) @ saved["W_dec"] + saved["b_dec"]
+    expected = model.standardiser.decode(sum(model(model.standardiser.encode(raw)).values()))
+    assert (x_hat - expected).norm() < 1e-4 * expected.norm()
 
 def test_every_command_of_the_readme_parses():
     text = (SOURCE.parent / "README.md").read_text()
-    commands = re.findall(r"dualenc\.py (\w+[^\n`#]*)", text)
-    assert len(commands) > 4
+    stages, rest = re.search(r"for stage in ([\w ]+); do .*dualenc\.py \$stage(.*); done", text).groups()
+    commands = re.findall(r"dualenc\.py (\w+[^\n`#]*)", text) + [stage + rest for stage in stages.split()]
+    assert len(commands) > 6
     for command in commands:
         d.build_parser().parse_args(command.split())
 
