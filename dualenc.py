@@ -316,9 +316,9 @@ class Config:
     text: str = setting("docstrings", "docstrings, .txt, .jsonl or .parquet file, HUB_ID:CONFIG")
     layer: int = setting(2, "block whose input is read, from 0")
     window: int = setting(50, "T, tokens in a window")
-    tokens: int = setting(500_000, "tokens to train on")
+    tokens: int = setting(400_000, "tokens to train on")
     chunk: int = setting(100_000, "tokens whose activations are held at once")
-    lm_steps: int = setting(800, "training steps of the tiny language model")
+    lm_steps: int = setting(700, "training steps of the tiny language model")
     features: int = setting(1024, "F, features of the SAE")
     k: int = setting(20, "features kept per token")
     n: int = setting(10, "how many of the k the NFM reads")
@@ -331,7 +331,7 @@ class Config:
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     at_once: int = setting(0, "models (an arm at a rate) that share a pass; 0: all", "train")
     eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon secondary")
-    kl_tokens: int = setting(20_000, "held-out tokens to splice", "kl")
+    kl_tokens: int = setting(10_000, "held-out tokens to splice", "kl")
     stimuli: str = setting("docs", "texts of two factors: docs, formality-emotion", "anova")
     def sizes(self, D):
         """make_arm's sizes."""
@@ -349,7 +349,7 @@ PRESETS = {
         model="openlm-research/open_llama_3b", layer=16, stimuli="formality-emotion",
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=5_000_000, chunk=10_000,
         features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, batch=3200,
-        lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000)}
+        lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000, kl_tokens=20_000)}
 
 def check_settings(cfg):
     """Refuse settings that cannot work: a UserError that names the flag."""
@@ -571,7 +571,7 @@ def run_lm(cfg, run):
     with replacing(run / "lm") as temporary:
         lm.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    print(f"lm: {loss:.3f} nats per token in the last batch")
+    print(f"lm: {loss:.3f} nats per token at the end")
 
 # ----------------------------- activations
 # In training the activations of one chunk of windows exist at a time; the seed fixes every batch.
@@ -586,7 +586,7 @@ def extract(lm, layer, ids):
 def estimate_standardiser(raw):
     """The Standardiser of raw activations (N, D), without sinks; constant dimensions get std 1."""
     if not raw.isfinite().all():
-        raise ValueError("activations of the language model are not finite")
+        raise ValueError("the model's activations are not finite")
     median_norm = raw.norm(dim=1).median()
     kept = raw[raw.norm(dim=1) <= 10 * median_norm].double()
     variance, mean = torch.var_mean(kept, dim=0, correction=0)
