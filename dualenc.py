@@ -292,7 +292,7 @@ def load_arm(path):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             config = json.loads(file.metadata()["dualenc"])
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):
             parent = DualEncoder(TopKSAE(*(config["sizes"][size] for size in "DFk")))
             model = make_arm(config["arm"], parent=parent, **config["sizes"])
             model.standardiser = Standardiser(*torch.empty(2, config["sizes"]["D"]))
@@ -558,8 +558,7 @@ def run_lm(cfg, run):
         tie_word_embeddings=True)).to(cfg.device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.95, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, cfg.lm_steps, pct_start=0.1)
-    tokens = 127 * 16 * cfg.lm_steps
-    ids, _ = load_windows(source, tokenizer, "train", tokens, window=127, seed=0)
+    ids, _ = load_windows(source, tokenizer, "train", 127 * 16 * cfg.lm_steps, window=127, seed=0)
     for step in tqdm(range(cfg.lm_steps), desc="language model", disable=None):
         batch = ids[torch.arange(16 * step, 16 * (step + 1)) % len(ids)].to(cfg.device)
         loss = lm(input_ids=batch, labels=batch, use_cache=False).loss
@@ -738,12 +737,14 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8):
             history.append(training_step(model, optimizer, x))
     return [torch.stack(history).float().cpu() for history in losses]
 
-def memory_text(device):
-    """Free memory of a GPU, or all that the machine has, in words."""
+def describe(device):
+    """A GPU's name and free memory; a CPU's threads and memory in all."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # what earlier tensors left is free again
-        return f"{torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB free"
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB in all"
+        free = torch.cuda.mem_get_info(device)[0]
+        return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} GB free"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{torch.get_num_threads()} threads, {memory / 1e9:.1f} GB in all"
 
 def pass_bytes(models, batch):
     """Memory of a pass: weights, Adam's moments; of one model gradients, 2.5 matrices (B, F)."""
@@ -768,7 +769,7 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
         for name, model in dict(zip(names, models, strict=True)).items():
             print(f"{name}: weights", ", ".join(f"{n:,} {p}" for p, n in components(model).items()))
         held = pass_bytes(models, cfg.batch) / 1e9
-        print(f"a pass of {len(models)} models takes {held:.2f} GB; {memory_text(cfg.device)}")
+        print(f"a pass of {len(models)} models takes {held:.2f} GB; {describe(cfg.device)}")
         models = [model.to(cfg.device) for model in models]
         stream, steps = (x.to(dtype) for x in batches), len(batches)
         losses = fit(models, stream, lr=rates, steps=steps, eps=cfg.adam_eps)
@@ -858,6 +859,12 @@ def show(value, unit=""):
     interval = ", ".join(form.format(end) for end in sorted(scale * end for end in ends))
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
+def bound(row):
+    """The bound of a row that decides, as text."""
+    if row.above is not None:
+        return f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
+    return "" if row.below is None else f" (< {row.below:.3g}?)"
+
 def answers_of(rows):
     """Both answers of each claim: undecided where an interval holds its bound, "–" without one."""
     def answer(claim, kind):
@@ -880,10 +887,8 @@ def save_results(run, stage, rows, table=(), **more):
         questions = " ".join(f"{question}? {answer}" for question, answer in own.items())
         lines += ["", f"claim {claim}: {CLAIMS[claim][0]}: {questions}"]
         for row in (row for row in rows if row.claim == claim):
-            at = "" if row.below is None else f" (< {row.below:.3g}?)"
-            at = at if row.above is None else f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
             paper = f"; paper: {row.paper}" if row.paper else ""
-            lines += [f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{at}{paper}"]
+            lines += [f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{bound(row)}{paper}"]
     print(*lines, sep="\n")
     more |= dict(rows=list(map(asdict, rows)), answers=answers, printed=lines)
     write_json(run / "results" / f"{stage}.json", more)
@@ -930,7 +935,7 @@ def run_recon(cfg, run):
         less("1", "joint, over an SAE on the same tokens", FAIR, "joint", "sae", above=0),
         less("1", "joint, over an SAE of its size", FAIR, "joint", "sae-matched", above=0),
         less("1", "joint, over an SAE in two decoders", FAIR, "joint", "sae-2dec", above=0),
-        less("1b", "over its own SAE path", PAPER, inter, f"{inter} sae", above=0),
+        less("1b", "over its own SAE path", PAPER, inter, f"{inter} sae"),
         less("1b", "over an SAE on the same tokens", FAIR, inter, "sae", above=0),
         less("1b", "over an SAE of joint's size", FAIR, inter, "sae-matched", above=0),
         less("2", "over the cut SAE", PAPER, "sequential", "sequential sae", "23.4 %", above=0),
@@ -938,7 +943,7 @@ def run_recon(cfg, run):
         less("2", "over a decoder fitted again", FAIR, "sequential", again, above=0),
         less("2", "over a second SAE in the NFM's place", FAIR, "sequential", "residual-sae"),
         less("3", "joint, over joint-linear", FAIR, "joint", "joint-linear", above=0)]
-    rows += [Row("2", f"features in use, {name}", FAIR, results[name]["l0"])
+    rows += [Row("2", f"features in use by {name}", FAIR, results[name]["l0"])
              for name in ("sequential", "residual-sae") if name in results]
     if "sae-2dec" in results:  # both decoders get one gradient: each is half of one SAE
         e = results["sae-2dec"]["fvu"]
@@ -949,9 +954,9 @@ def run_recon(cfg, run):
         paths = [errors[f"joint{path}"] for path in (" sae", " sae+linear", " sae+interaction", "")]
         excess = bootstrap(lambda sae, lin, inter, full: (sae - lin - inter + full) / sae, *paths)
         rows += [Row("3", "interaction's share of mean absolute output", PAPER, share, "6 %", "%"),
-                 Row("3", "cuts of both paths less the whole's", PAPER, excess, unit="%", above=0)]
+                 Row("3", "both paths' cuts minus the whole's", PAPER, excess, unit="%", above=0)]
     if "sae" in results:
-        label = "1 - mse (the paper's SAE alone, mse .136, beats its joint model's .162)"
+        label = "1 - mse (the paper's mse: SAE alone .136, joint .162)"
         rows += [Row("4", label, PAPER, 1 - results["sae"]["mse"], "86.4 %", "%", above=0.5),
                  Row("4", "1 - fvu", FAIR, 1 - results["sae"]["fvu"], unit="%", above=0.5)]
     save_results(run, "recon", rows, table, arms=results)
@@ -1027,8 +1032,8 @@ def kl_rows(kl):
     random = "sequential sae random"
     return [
         less("5", "joint, over its own SAE path", PAPER, "joint", "joint sae", "51.9 %", above=0),
-        less("5", "its linear path", PAPER, "joint sae+linear", "joint sae", "50.9 %"),
-        less("5", "its nonlinear path", PAPER, "joint sae+interaction", "joint sae", "8.6 %"),
+        less("5", "joint's linear path", PAPER, "joint sae+linear", "joint sae", "50.9 %"),
+        less("5", "its nonlinear one", PAPER, "joint sae+interaction", "joint sae", "8.6 %"),
         less("5", "sequential", PAPER, "sequential", "sequential sae", "29.8 %", above=0),
         less("5", "one SAE in two decoders, over its first", ZERO, "sae-2dec", "sae-2dec sae"),
         less("5", "joint, over an SAE on the same tokens", FAIR, "joint", "sae", above=0),
@@ -1183,11 +1188,10 @@ def run_gram(cfg, run):
                 ("cosine of two rows, std", PAPER, stats["cosine"]["std"], ""),
                 ("components, centred, of all", FAIR, stats["components_90_centred"], "")):
             rows += [Row("10", f"{label}, {name}", kind, value, unit=unit)]
-    norms = partial(np.linalg.norm, axis=1)
     torch.manual_seed(cfg.seed)  # the draw that both were trained from
     start = make_arm("joint", **models["joint"].config["sizes"]).nfm.requires_grad_(False)
     weights = sae.W_dec, nfm.W_lin, nfm.V, start.W_lin, start.V
-    rows += share_rows(*map(norms, weights), cfg.seed)
+    rows += share_rows(*(np.linalg.norm(own, axis=1) for own in weights), cfg.seed)
     save_results(run, "gram", rows, decoders=found)
 
 # -------------------- secondary: claim 12
@@ -1451,8 +1455,8 @@ def run_anova(cfg, run):
 # ---------------------------------- report
 LEGEND = """**here**: the paper's own metric. **nothing to integrate**: a control, not support: the
 same metric on a model that cannot integrate; where it is as large, it tells nothing of integration.
-**fair comparison**: a baseline trained as well, or chance. *reproduced?* judges the first,
-*survives?* the last. Intervals: 95 %, over test documents; ±: sd over runs."""
+**fair comparison**: a baseline trained as well, or chance. *reproduced?* judges **here**,
+*survives?* the fair one. Intervals: 95 %, over test documents; ±: sd over runs."""
 
 def draw(path, arms, xlabel):
     """A figure of {arm: {path of it: number}}: a row of points an arm."""
@@ -1471,7 +1475,7 @@ def figure_text(rows):
     """Rows of one label, a run each, as text: with its interval, or mean ± sd."""
     value, unit = rows[0].value, rows[0].unit
     if len(rows) == 1:
-        return show(value, unit)
+        return show(value, unit) + bound(rows[0])
     values = [np.ravel(row.value)[0] for row in rows]
     sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
     return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
@@ -1510,8 +1514,8 @@ def run_report(runs):
             print("{:20} {:7} {:21} {:17} {:19} {}".format(*cells))
         print()
     for stage, xlabel, caption in (
-            ("recon", "variance unexplained", "Claim 1 falls if `sae` has joint's error."),
-            ("kl", "KL in nats per token", "Claim 5 falls if `sae` has joint's KL.")):
+            ("recon", "variance unexplained", "Claim 1 falls if `sae` is no worse than `joint`."),
+            ("kl", "KL in nats per token", "Claim 5 falls if `sae` is no worse than `joint`.")):
         arms = found[0].get(stage, {}).get("arms", {})
         arms = {arm: own.get("fvu_by_path") or {path: entry["kl"] for path, entry in own.items()}
                 for arm, own in arms.items()}
@@ -1564,15 +1568,13 @@ def run_stage(args):
     making = args.stage in ("lm", "train")
     cfg = make_config(run, flags) if making else replace(read_config(run), **flags)
     check_settings(cfg)
-    cfg.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")  # no setting
+    cfg.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"--device {cfg.device} cannot be used"):
         torch.empty(1, device=cfg.device)
-        gpu = cfg.device.startswith("cuda") and torch.cuda.get_device_name(cfg.device)
-    if cfg.preset == "paper" and not gpu and not args.device:
+    if cfg.preset == "paper" and cfg.device == "cpu" and not args.device:
         raise UserError(f"preset paper needs a GPU; torch {torch.__version__} sees none (a driver "
                         "too old for it hides one); or give --device cpu")
-    name = gpu or f"{torch.get_num_threads()} threads"
-    print(f"device {cfg.device}: {name}, {memory_text(cfg.device)}")
+    print(f"device {cfg.device}: {describe(cfg.device)}")
     if making:
         write_json(run / "config.json", asdict(cfg))
     STAGES[args.stage](cfg, run, *([args.arms] if args.stage == "train" else []))
@@ -1582,7 +1584,7 @@ def main(argv=None):
     try:
         return run_stage(build_parser().parse_args(argv)) or 0
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on with the first arm not there", 130
+        message, status = "stopped; the same command goes on with the first missing arm", 130
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

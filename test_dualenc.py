@@ -1400,6 +1400,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(trained, tmp_path, mo
     assert stage("train", run, "joint") == 2 and "No space left" in one_line(capsys)
     assert not list(run.glob(".*")) and "joint" not in d.trained_arms(run)
 
+def test_a_gpu_is_described_by_name_and_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20.04e9, 25e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    assert d.describe("cuda:0") == "Card, 20.0 GB free"
+
 def test_memory_running_out_names_the_flags_and_a_bug_is_no_mistake_of_the_users(monkeypatch, capsys):
     def fail(error):
         def stage_fails(_):
