@@ -732,7 +732,7 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8):
         fall = 1 - 0.9 * min(1.0, step / (decay * steps))
         for model, optimizer, rate, history in zip(models, optimizers, lr, losses, strict=True):
             optimizer.param_groups[0]["lr"] = rate * fall
-            if model.nfm and model.nfm.dropout.p:  # whoever trains beside
+            if model.nfm and model.nfm.dropout.p:  # same masks, whoever trains beside
                 torch.manual_seed(seed + step)
             history.append(training_step(model, optimizer, x))
     return [torch.stack(history).float().cpu() for history in losses]
@@ -859,11 +859,20 @@ def show(value, unit=""):
     interval = ", ".join(form.format(end) for end in sorted(scale * end for end in ends))
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
-def bound(row):
+def bound_of(row):
     """The bound of a row that decides, as text."""
     if row.above is not None:
         return f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
     return "" if row.below is None else f" (< {row.below:.3g}?)"
+
+def figure_text(rows):
+    """Rows of one label, a run each, as text: with its interval, or mean ± sd."""
+    value, unit = rows[0].value, rows[0].unit
+    if len(rows) == 1:
+        return show(value, unit) + bound_of(rows[0])
+    values = [np.ravel(row.value)[0] for row in rows]
+    sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
+    return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
 
 def answers_of(rows):
     """Both answers of each claim: undecided where an interval holds its bound, "–" without one."""
@@ -888,7 +897,7 @@ def save_results(run, stage, rows, table=(), **more):
         lines += ["", f"claim {claim}: {CLAIMS[claim][0]}: {questions}"]
         for row in (row for row in rows if row.claim == claim):
             paper = f"; paper: {row.paper}" if row.paper else ""
-            lines += [f"  {row.kind:20}  {row.label}: {show(row.value, row.unit)}{bound(row)}{paper}"]
+            lines += [f"  {row.kind:20}  {row.label}: {figure_text([row])}{paper}"]
     print(*lines, sep="\n")
     more |= dict(rows=list(map(asdict, rows)), answers=answers, printed=lines)
     write_json(run / "results" / f"{stage}.json", more)
@@ -1470,15 +1479,6 @@ def draw(path, arms, xlabel):
     figure.legend(loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-def figure_text(rows):
-    """Rows of one label, a run each, as text: with its interval, or mean ± sd."""
-    value, unit = rows[0].value, rows[0].unit
-    if len(rows) == 1:
-        return show(value, unit) + bound(rows[0])
-    values = [np.ravel(row.value)[0] for row in rows]
-    sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
-    return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
 
 def table_of(rows):
     """The report's table, six cells a claim: three figures of each kind, deciding ones first."""

@@ -1021,7 +1021,7 @@ def test_the_tiny_language_model_is_an_ordinary_one(tmp_path, capsys):
     assert stage("train", run, "sae", "joint", *SMALL, "--tokens", 600, "--text", text) == 0
     out = capsys.readouterr().out
     assert "joint: weights 12,464 SAE, 6,272 linear, 1,226 nonlinear" in out
-    assert re.search(r"a pass of 4 models takes 0.00 GB; [\d.]+ GB in all", out)
+    assert re.search(r"a pass of 4 models takes 0.00 GB; \d+ threads, [\d.]+ GB in all", out)
 
 # ------------------------------------------------------------------------- the paper's directory layout
 
