@@ -326,7 +326,7 @@ class Config:
     top: int = setting(5, "features that sequential and residual-sae read")
     dropout: float = setting(0.0, "of the products z")
     batch: int = setting(512, "B, tokens in a batch, about")
-    lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "rates; each arm keeps its best")
+    lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "rates; each arm keeps its best", "train")
     param_dtype: str = setting("float32", "of weights in training")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     at_once: int = setting(0, "models (an arm at a rate) that share a pass; 0: all", "train")
@@ -343,7 +343,7 @@ PRESETS = {
     "small": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", layer=15, stimuli="formality-emotion",
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=1_000_000, chunk=50_000,
-        features=4608, k=92, n=46, embedding=64, top=23, batch=1024, lr=(1e-3, 2e-3, 4e-3),
+        features=4608, k=92, n=46, embedding=64, top=23, batch=1024, lr=(2e-3, 4e-3, 8e-3),
         eval_tokens=50_000, kl_tokens=5_000),
     "paper": dict(
         model="openlm-research/open_llama_3b", layer=16, stimuli="formality-emotion",
