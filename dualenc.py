@@ -17,7 +17,7 @@ residual stream; F features of the SAE; k features kept per token; n how many of
 reads, the largest; K embedding width of the NFM; x (B, D) standardised activations; values,
 indices (B, k) the sparse code: kept feature values, descending and >= 0, and their ids.
 
-Never run on a GPU, nor with OpenLLaMA's weights; intervals are over documents, not over seeds.
+Never run on a GPU, nor with OpenLLaMA's weights; intervals are over documents.
 """
 import argparse
 import ast
@@ -859,17 +859,13 @@ def show(value, unit=""):
     interval = ", ".join(form.format(end) for end in sorted(scale * end for end in ends))
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
-def bound_of(row):
-    """The bound of a row that decides, as text."""
-    if row.above is not None:
-        return f" (> {show(row.above, '%' * ('%' in row.unit))}?)"
-    return "" if row.below is None else f" (< {row.below:.3g}?)"
-
 def figure_text(rows):
-    """Rows of one label, a run each, as text: with its interval, or mean ± sd."""
-    value, unit = rows[0].value, rows[0].unit
+    """Rows of one label, a run each, as text: with interval and any bound but 0, or mean ± sd."""
+    row, unit = rows[0], rows[0].unit
     if len(rows) == 1:
-        return show(value, unit) + bound_of(rows[0])
+        above = f" (> {show(row.above, unit)}?)" if row.above else ""
+        below = f" (< {show(row.below, unit)}?)" if row.below else ""
+        return show(row.value, unit) + above + below
     values = [np.ravel(row.value)[0] for row in rows]
     sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
     return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
@@ -940,20 +936,18 @@ def run_recon(cfg, run):
     inter, again = "joint-interaction", "sequential-linear"
     rows = [
         less("1", "joint, over its own SAE path", PAPER, "joint", "joint sae", "41.3 %", above=0),
-        less("1", "one SAE in two decoders, over its first", ZERO, "sae-2dec", "sae-2dec sae"),
-        less("1", "joint, over an SAE on the same tokens", FAIR, "joint", "sae", above=0),
-        less("1", "joint, over an SAE of its size", FAIR, "joint", "sae-matched", above=0),
-        less("1", "joint, over an SAE in two decoders", FAIR, "joint", "sae-2dec", above=0),
-        less("1b", "over its own SAE path", PAPER, inter, f"{inter} sae"),
-        less("1b", "over an SAE on the same tokens", FAIR, inter, "sae", above=0),
-        less("1b", "over an SAE of joint's size", FAIR, inter, "sae-matched", above=0),
-        less("2", "over the cut SAE", PAPER, "sequential", "sequential sae", "23.4 %", above=0),
-        less("2", "a decoder fitted again, over the cut SAE", ZERO, again, f"{again} sae"),
-        less("2", "over a decoder fitted again", FAIR, "sequential", again, above=0),
-        less("2", "over a second SAE in the NFM's place", FAIR, "sequential", "residual-sae"),
+        less("1", "one SAE in two decoders (sae-2dec)", ZERO, "sae-2dec", "sae-2dec sae"),
+        less("1", "joint, over a plain SAE (sae)", FAIR, "joint", "sae", above=0),
+        less("1", "joint, over sae-matched (its size)", FAIR, "joint", "sae-matched", above=0),
+        less("1", "joint, over sae-2dec", FAIR, "joint", "sae-2dec", above=0),
+        less("1b", "joint-interaction, over its own SAE path", PAPER, inter, f"{inter} sae"),
+        less("1b", "over sae", FAIR, inter, "sae", above=0),
+        less("1b", "over sae-matched", FAIR, inter, "sae-matched", above=0),
+        less("2", "over a truncated SAE", PAPER, "sequential", "sequential sae", "23.4 %", above=0),
+        less("2", "a second decoder (sequential-linear)", ZERO, again, f"{again} sae"),
+        less("2", "over sequential-linear", FAIR, "sequential", again, above=0),
+        less("2", "over a second SAE, so twice the features", FAIR, "sequential", "residual-sae"),
         less("3", "joint, over joint-linear", FAIR, "joint", "joint-linear", above=0)]
-    rows += [Row("2", f"features in use by {name}", FAIR, results[name]["l0"])
-             for name in ("sequential", "residual-sae") if name in results]
     if "sae-2dec" in results:  # both decoders get one gradient: each is half of one SAE
         e = results["sae-2dec"]["fvu"]
         rows += [Row("1", "the same by arithmetic", ZERO, 1 - e / (e + (1 - e) / 4), unit="error")]
@@ -1044,17 +1038,17 @@ def kl_rows(kl):
         less("5", "joint's linear path", PAPER, "joint sae+linear", "joint sae", "50.9 %"),
         less("5", "its nonlinear one", PAPER, "joint sae+interaction", "joint sae", "8.6 %"),
         less("5", "sequential", PAPER, "sequential", "sequential sae", "29.8 %", above=0),
-        less("5", "one SAE in two decoders, over its first", ZERO, "sae-2dec", "sae-2dec sae"),
-        less("5", "joint, over an SAE on the same tokens", FAIR, "joint", "sae", above=0),
-        less("5", "joint, over an SAE of its size", FAIR, "joint", "sae-matched", above=0),
-        times("a cut SAE, over random errors", PAPER, "sequential sae", random, "2.99 ×", 1),
+        less("5", "sae-2dec, over its first decoder", ZERO, "sae-2dec", "sae-2dec sae"),
+        less("5", "joint, over sae", FAIR, "joint", "sae", above=0),
+        less("5", "joint, over sae-matched", FAIR, "joint", "sae-matched", above=0),
+        times("a truncated SAE, over random errors", PAPER, "sequential sae", random, "2.99 ×", 1),
         times("with its NFM, over the same", PAPER, "sequential", random, "2.1 ×", 1),
         times("joint's own SAE path", PAPER, "joint sae", "joint sae random"),
-        times("one SAE's first decoder of two", ZERO, "sae-2dec sae", "sae-2dec sae random"),
-        times("a whole SAE, over random errors", FAIR, "sae", "sae random", above=1),
-        times("a whole SAE, over others' errors", FAIR, "sae", "sae shuffled", above=1),
+        times("sae-2dec's first decoder", ZERO, "sae-2dec sae", "sae-2dec sae random"),
+        times("sae, over random errors", FAIR, "sae", "sae random", above=1),
+        times("sae, over others' errors", FAIR, "sae", "sae shuffled", above=1),
         less("7", "joint, over joint-linear", FAIR, "joint", "joint-linear", above=0),
-        less("7", "joint-interaction, over an SAE", FAIR, "joint-interaction", "sae")]
+        less("7", "joint-interaction, over sae", FAIR, "joint-interaction", "sae")]
 
 def joint_rows(model, kl, found, paths):
     """More rows of claims 5 and 7, of `joint`; found: of splice_losses; paths: as in kl.json."""
@@ -1462,20 +1456,23 @@ def run_anova(cfg, run):
     save_results(run, "anova", rows, arms=results)
 
 # ---------------------------------- report
-LEGEND = """**here**: the paper's own metric. **nothing to integrate**: a control, not support: the
-same metric on a model that cannot integrate; where it is as large, it tells nothing of integration.
-**fair comparison**: a baseline trained as well, or chance. *reproduced?* judges **here**,
-*survives?* the fair one. Intervals: 95 %, over test documents; ±: sd over runs."""
+LEGEND = """**here**: the paper's own metric. **control, nothing to integrate**: the same on a model
+that cannot integrate; where it is as large, the metric proves nothing. **fair comparison**: a
+baseline trained as well, or chance. *reproduced?* judges **here**, *survives?* the fair one.
+[ ]: 95 % over test documents; ±: sd over runs."""
 
 def draw(path, arms, xlabel):
-    """A figure of {arm: {path of it: number}}: a row of points an arm."""
+    """A figure of {arm: {path: number}}: a row of points an arm; a line at the first."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for label in dict.fromkeys(label for own in arms.values() for label in own):
-        points = {arm: own[label] for arm, own in arms.items() if label in own}
+    words = {"full": "full output", "sae": "its SAE path alone", "sae+linear": "with linear path",
+             "sae+interaction": "with interaction"}
+    for key, label in words.items():
+        points = {arm: own[key] for arm, own in arms.items() if key in own}
         axes.scatter(list(points.values()), list(points), label=label, alpha=0.7)
-    axes.set(xlabel=xlabel, xscale="log")
+    axes.axvline(next(iter(arms.values()))["full"], color="grey", linestyle=":")
+    axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
     figure.legend(loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -1505,23 +1502,24 @@ def run_report(runs):
     rows = [Row(**row) for results in found for stage in results.values() for row in stage["rows"]]
     missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
-    head = ["the paper says", "paper", "here", ZERO, FAIR, "reproduced? / survives?"]
-    lines = [f"# Report of {', '.join(map(str, runs))}", "", LEGEND, "", status, ""]
+    head = ["the paper says", "paper", "here", f"control, {ZERO}", FAIR, "reproduced? / survives?"]
+    cfg, lines = read_config(runs[0]), [f"# Report of {', '.join(map(str, runs))}", ""]
+    lines += [f"Seeds {[read_config(run).seed for run in runs]}; {cfg.tokens:,} "
+              f"tokens of {cfg.text}; layer {cfg.layer} of {cfg.model}. {status}", "", LEGEND, ""]
     for row in (head, ["---"] * 6, *table_of(rows)):
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"]
         columns = map(textwrap.wrap, row, (20, 7, 21, 17, 19, 11))
         for cells in itertools.zip_longest(*columns, fillvalue=""):
             print("{:20} {:7} {:21} {:17} {:19} {}".format(*cells))
         print()
-    for stage, xlabel, caption in (
-            ("recon", "variance unexplained", "Claim 1 falls if `sae` is no worse than `joint`."),
-            ("kl", "KL in nats per token", "Claim 5 falls if `sae` is no worse than `joint`.")):
+    for stage, xlabel, claim in (("recon", "variance unexplained", 1), ("kl", "KL in nats", 5)):
         arms = found[0].get(stage, {}).get("arms", {})
         arms = {arm: own.get("fvu_by_path") or {path: entry["kl"] for path, entry in own.items()}
                 for arm, own in arms.items()}
         if arms:
             draw(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
-            lines += ["", f"![](figures/{stage}.png)", "", caption]
+            lines += ["", f"![](figures/{stage}.png)", "",
+                      f"Claim {claim} falls if joint's full output is not left of the line, sae's."]
     for run, results in zip(runs, found, strict=True):
         for stage in results:
             lines += ["", f"## {run}: {stage}", "```", *results[stage].get("printed", []), "```"]

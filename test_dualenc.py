@@ -880,7 +880,7 @@ def test_recon_against_a_recomputation(measured, model, text):
     assert 3 < residual["l0"] < 6.001 and 2 < l0["sequential"] < 3.001 and 5 < l0["sae"] < 6.001
     rows = {(row["claim"], row["label"]): row for row in found["rows"]}
     joint, sae = found["arms"]["joint"], found["arms"]["sae"]
-    assert rows["1", "joint, over an SAE on the same tokens"]["value"][0] == pytest.approx(
+    assert rows["1", "joint, over a plain SAE (sae)"]["value"][0] == pytest.approx(
         1 - joint["mse"] / sae["mse"], rel=1e-4)
     assert rows["1", "joint, over its own SAE path"]["value"][0] == pytest.approx(
         1 - joint["fvu"] / joint["fvu_by_path"]["sae"], rel=1e-4)
