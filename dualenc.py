@@ -863,8 +863,8 @@ def figure_text(rows):
     """Rows of one label, a run each, as text: with interval and any bound but 0, or mean ± sd."""
     row, unit = rows[0], rows[0].unit
     if len(rows) == 1:
-        above = f" (> {show(row.above, unit)}?)" if row.above else ""
-        below = f" (< {show(row.below, unit)}?)" if row.below else ""
+        above = f" (needs > {show(row.above, unit)})" if row.above else ""
+        below = f" (needs < {show(row.below, unit)})" if row.below else ""
         return show(row.value, unit) + above + below
     values = [np.ravel(row.value)[0] for row in rows]
     sd = np.std(values, ddof=1) * (100 if unit in ("%", "error", "KL") else 1)
@@ -1471,9 +1471,9 @@ def draw(path, arms, xlabel):
     for key, label in words.items():
         points = {arm: own[key] for arm, own in arms.items() if key in own}
         axes.scatter(list(points.values()), list(points), label=label, alpha=0.7)
-    axes.axvline(next(iter(arms.values()))["full"], color="grey", linestyle=":")
+    axes.axvline(next(iter(arms.values()))["full"], color="grey", ls=":", label="sae")
     axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.legend(loc="outside upper center", ncols=5)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -1506,11 +1506,12 @@ def run_report(runs):
     cfg, lines = read_config(runs[0]), [f"# Report of {', '.join(map(str, runs))}", ""]
     lines += [f"Seeds {[read_config(run).seed for run in runs]}; {cfg.tokens:,} "
               f"tokens of {cfg.text}; layer {cfg.layer} of {cfg.model}. {status}", "", LEGEND, ""]
+    print(LEGEND, "\n")
     for row in (head, ["---"] * 6, *table_of(rows)):
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"]
-        columns = map(textwrap.wrap, row, (20, 7, 21, 17, 19, 11))
+        columns = map(textwrap.wrap, row, (19, 7, 20, 16, 18, 10))
         for cells in itertools.zip_longest(*columns, fillvalue=""):
-            print("{:20} {:7} {:21} {:17} {:19} {}".format(*cells))
+            print("{:21}{:9}{:22}{:18}{:20}{}".format(*cells))
         print()
     for stage, xlabel, claim in (("recon", "variance unexplained", 1), ("kl", "KL in nats", 5)):
         arms = found[0].get(stage, {}).get("arms", {})
