@@ -1470,7 +1470,7 @@ def draw(path, arms, xlabel):
              "sae+interaction": "with interaction"}
     for key, label in words.items():
         points = {arm: own[key] for arm, own in arms.items() if key in own}
-        axes.scatter(list(points.values()), list(points), label=label, alpha=0.7)
+        axes.scatter(list(points.values()), list(points), label=label, zorder=2 + (key == "full"))
     axes.axvline(next(iter(arms.values()))["full"], color="grey", ls=":", label="sae")
     axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
     figure.legend(loc="outside upper center", ncols=5)

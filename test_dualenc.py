@@ -67,6 +67,7 @@ def test_the_module_and_its_tests_keep_their_limits():
     assert text.count("\n") <= 1600 and len(text) <= 92_000
     assert max(map(len, text.splitlines())) <= 100
     assert pathlib.Path(__file__).read_text().count("\n") <= 1600
+    assert (SOURCE.parent / "README.md").read_text().count("\n") <= 160
     names = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
     names += [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert len(names) <= 110
@@ -1452,11 +1453,35 @@ def test_every_python_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch)
 
 def test_every_command_of_the_readme_parses():
     text = (SOURCE.parent / "README.md").read_text()
+    text = re.sub(r"```bash\n.*?```", "", text, flags=re.S)       # those run in the next test
     stages, rest = re.search(r"for stage in ([\w ]+); do .*dualenc\.py \$stage(.*); done", text).groups()
     commands = re.findall(r"dualenc\.py (\w+[^\n`#]*)", text) + [stage + rest for stage in stages.split()]
     assert len(commands) > 6
     for command in commands:
         d.build_parser().parse_args(command.split())
+
+def test_the_readmes_commands_for_a_real_language_model_run_at_reduced_size(model, text, tmp_path, monkeypatch):
+    """Bash writes out loops and variables of the README's block; its stages run here, on seeds 0 and 1."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm").symlink_to(model)
+    (tmp_path / "wikitext2.txt").symlink_to(text)
+    words = [" ".join(WORDS[i:i + 30]) for i in (0, 30, 60, 90)]
+    stimuli = d.STIMULI["formality-emotion"] | dict(words=words, prompts="|".join(WORDS[:40:3]))
+    monkeypatch.setitem(d.STIMULI, "formality-emotion", stimuli)
+    block = re.search(r"```bash\n(.*?)```", (SOURCE.parent / "README.md").read_text(), flags=re.S)[1]
+    commands = subprocess.run(["bash", "-euc", block.replace(".venv/bin/python dualenc.py", "echo")],
+                              check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {command.split()[0] for command in commands} == {"train", *d.MEASURING, "report"}
+    less = " ".join(SMALL).replace(" --lr 0.003 0.01", " --layer 1").split()
+    for command in commands:
+        seed_2 = "runs/s2" in command and "report" not in command
+        small = less if command.startswith("train") else []
+        assert seed_2 or d.main([*command.replace(" --run runs/s2", "").split(), *small]) == 0, command
+    for run, rate in (("s0", None), ("s1", 0.004)):
+        assert d.trained_arms(tmp_path / "runs" / run) == d.DEFAULT_ARMS
+        assert rate is None or d.load_arm(tmp_path / "runs" / run / "joint.safetensors").config["lr"] == rate
+    assert d.load_arm(tmp_path / "runs" / "s1" / "sae.safetensors").config["lr"] == 0.008
+    assert "Seeds [0, 1]" in (tmp_path / "runs" / "s0" / "report.md").read_text()
 
 def test_reproduce_refuses_an_unknown_preset():
     found = subprocess.run([str(SOURCE.parent / "reproduce.sh"), "huge"], capture_output=True, text=True)
