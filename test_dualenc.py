@@ -1475,7 +1475,7 @@ def test_the_readmes_commands_for_a_real_language_model_run_at_reduced_size(mode
     less = " ".join(SMALL).replace(" --lr 0.003 0.01", " --layer 1").split()
     for command in commands:
         seed_2 = "runs/s2" in command and "report" not in command
-        small = less if command.startswith("train") else []
+        small = dict(train=[*less, "--tokens", "600"], kl=["--kl-tokens", "300"]).get(command.split()[0], [])
         assert seed_2 or d.main([*command.replace(" --run runs/s2", "").split(), *small]) == 0, command
     for run, rate in (("s0", None), ("s1", 0.004)):
         assert d.trained_arms(tmp_path / "runs" / run) == d.DEFAULT_ARMS
