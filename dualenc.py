@@ -860,7 +860,7 @@ def show(value, unit=""):
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
 def figure_text(rows):
-    """Rows of one label, a run each, as text: with interval and any bound but 0, or mean ± sd."""
+    """Rows of one label, a run each, as text: with interval and bound, or mean ± sd."""
     row, unit = rows[0], rows[0].unit
     if len(rows) == 1:
         above = f" (needs > {show(row.above, unit)})" if row.above else ""
@@ -1457,12 +1457,12 @@ def run_anova(cfg, run):
 
 # ---------------------------------- report
 LEGEND = """**here**: the paper's own metric. **control, nothing to integrate**: the same on a model
-that cannot integrate; where it is as large, the metric proves nothing. **fair comparison**: a
+that cannot integrate; if as large, the metric proves nothing. **fair comparison**: a
 baseline trained as well, or chance. *reproduced?* judges **here**, *survives?* the fair one.
-[ ]: 95 % over test documents; ±: sd over runs."""
+[ ]: 95 % over documents; ±: sd over runs."""
 
 def draw(path, arms, xlabel):
-    """A figure of {arm: {path: number}}: a row of points an arm; a line at the first."""
+    """A figure of {arm: {path: number}}: a row an arm, a line at the first."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -1520,7 +1520,7 @@ def run_report(runs):
         if arms:
             draw(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
             lines += ["", f"![](figures/{stage}.png)", "",
-                      f"Claim {claim} falls if joint's full output is not left of the line, sae's."]
+                      f"Claim {claim} falls if joint's full output is right of sae's line."]
     for run, results in zip(runs, found, strict=True):
         for stage in results:
             lines += ["", f"## {run}: {stage}", "```", *results[stage].get("printed", []), "```"]

@@ -64,7 +64,7 @@ def arm(name, **changes):
 def test_the_module_and_its_tests_keep_their_limits():
     text = SOURCE.read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= 1600 and len(text) <= 92_000
+    assert text.count("\n") <= 1600 and len(text.encode()) <= 92_000
     assert max(map(len, text.splitlines())) <= 100
     assert pathlib.Path(__file__).read_text().count("\n") <= 1600
     assert (SOURCE.parent / "README.md").read_text().count("\n") <= 160
