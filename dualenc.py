@@ -1462,7 +1462,7 @@ baseline trained as well, or chance. *reproduced?* judges **here**, *survives?* 
 [ ]: 95 % over documents; ±: sd over runs."""
 
 def draw(path, arms, xlabel):
-    """A figure of {arm: {path: number}}: a row an arm, a line at the first."""
+    """A figure of {arm: {path: number}}: a row an arm, a line at `sae`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -1471,7 +1471,7 @@ def draw(path, arms, xlabel):
     for key, label in words.items():
         points = {arm: own[key] for arm, own in arms.items() if key in own}
         axes.scatter(list(points.values()), list(points), label=label, zorder=2 + (key == "full"))
-    axes.axvline(next(iter(arms.values()))["full"], color="grey", ls=":", label="sae")
+    axes.axvline(arms["sae"]["full"], color="grey", ls=":", label="sae")
     axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
     figure.legend(loc="outside upper center", ncols=5)
     with replacing(path) as temporary:
@@ -1517,7 +1517,7 @@ def run_report(runs):
         arms = found[0].get(stage, {}).get("arms", {})
         arms = {arm: own.get("fvu_by_path") or {path: entry["kl"] for path, entry in own.items()}
                 for arm, own in arms.items()}
-        if arms:
+        if "sae" in arms:
             draw(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
             lines += ["", f"![](figures/{stage}.png)", "",
                       f"Claim {claim} falls if joint's full output is right of sae's line."]
