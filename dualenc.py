@@ -69,7 +69,7 @@ def sparse_decode(values, indices, W):
     values, indices (B, k), W (F, width) -> (B, width). Needs no other name."""
     if W.is_cpu:  # O(k · width) per token
         return tnf.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
-    # By counting, a GPU gathers 1,024 of 50,000 rows no faster than this.
+    # Counted, not timed: a GPU gathers 1,024 of 50,000 rows no faster.
     dense = values.new_zeros(len(values), len(W)).scatter_add_(1, indices, values)
     return dense @ W
 
@@ -155,7 +155,7 @@ class DualEncoder(nn.Module):
             raise ValueError(f"the NFM reads n = {nfm.n} features, the SAE keeps only k = {sae.k}")
         self.sae, self.nfm, self.second = sae, nfm, second
     def forward(self, x):
-        """x (B, D) -> those of {"sae", "linear", "interaction", "residual"} (B, D) that exist."""
+        """x (B, D) -> summands of x_hat, each (B, D), by name, "sae" first."""
         values, indices = self.sae.encode(x)
         parts = {"sae": self.sae.decode(values, indices)}
         if self.nfm and self.nfm.has_linear:
@@ -201,8 +201,9 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 def components(model):
-    """Number of weights of a DualEncoder: its SAE (or both), linear, nonlinear path."""
-    total, nfm = count_parameters(model), count_parameters(model.nfm) if model.nfm else 0
+    """Weights of a DualEncoder: its SAE (or both), linear path, nonlinear path."""
+    total = count_parameters(model)
+    nfm = count_parameters(model.nfm) if model.nfm else 0
     linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_lin"))
     return dict(SAE=total - nfm, linear=linear, nonlinear=nfm - linear)
 
@@ -302,7 +303,7 @@ def load_arm(path):
 
 # -------------------------------- settings
 # argparse is built from this class; a preset replaces defaults; `lm` and `train` write the result
-# to RUN/config.json, from which the other stages read it.
+# to RUN/config.json, from which the other stages read it; run_stage adds `device`.
 def setting(default, text, also=""):
     """A field of Config: default, help; the stages that may change it in a run that has arms."""
     return field(default=default, metadata={"help": text, "also": also.split()})
@@ -379,16 +380,16 @@ def read_config(run):
         return Config(**stored | {"lr": tuple(stored["lr"])})
 
 def make_config(run, flags):
-    """Settings for `lm` and `train`: flags {field: value} over the run's own, or a preset's."""
+    """Flags {field: value} over the run's own settings, or a preset's; drops a standardiser."""
     stored = vars(read_config(run)) if (run / "config.json").exists() else {}
     preset = flags.get("preset", stored.get("preset", "tiny"))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     base = stored if stored.get("preset") == preset else PRESETS[preset] | dict(preset=preset)
     cfg = Config(**base | flags)
-    for own in fields(Config) if stored else ():
-        old, new = stored[own.name], getattr(cfg, own.name)
-        if old != new and not own.metadata["also"]:
+    for own in fields(Config):
+        old, new = stored.get(own.name), getattr(cfg, own.name)
+        if stored and old != new and not own.metadata["also"]:
             if trained_arms(run):
                 raise UserError(f"{run} was made with --{own.name} {old}: choose another --run")
             (run / "standardiser.safetensors").unlink(missing_ok=True)
@@ -412,8 +413,8 @@ def find_blocks(lm):
 def splice(lm, layer, tokens, replace):
     """Logits with the residual stream that enters block `layer` replaced.
 
-    tokens (B, T); replace: a function of the hidden states (B, T, D) to others of the same shape
-    and dtype -> logits (B, T, vocabulary). Needs: find_blocks."""
+    tokens (W, T); replace: a function of the hidden states (W, T, D) to others of the same shape
+    and dtype -> logits (W, T, vocabulary). Needs: find_blocks."""
     def hook(module, args, kwargs):
         if args:
             return (replace(args[0]), *args[1:]), kwargs
@@ -424,7 +425,7 @@ def splice(lm, layer, tokens, replace):
 def capture(lm, layer, tokens):
     """Residual stream that enters block `layer`; that block and later ones are never run.
 
-    tokens (B, T) -> hidden states (B, T, D). Needs: _Captured, find_blocks, splice."""
+    tokens (W, T) -> hidden states (W, T, D). Needs: _Captured, find_blocks, splice."""
     def stop(hidden):
         raise _Captured(hidden)
     try:
@@ -433,7 +434,7 @@ def capture(lm, layer, tokens):
         return captured.args[0]
 
 def load_lm(path, device, layer, whole):
-    """A causal language model and tokenizer, hub id or directory; unless whole, up to `layer`."""
+    """A causal language model (unless whole: blocks 0 to `layer`, without head), tokenizer."""
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else some hub models come twice
     import transformers
     transformers.logging.set_verbosity_error()
@@ -482,14 +483,14 @@ def text_rows(source):
             yield row["text"].rstrip("\n")
 
 def read_documents(source):
-    """Documents of a text: parted by WikiText's ` = Title = `, else by blank rows, else by row."""
+    """Documents of a text: parted by WikiText's ` = Title = `, else blank rows (.txt), else row."""
     rows, lines = text_rows(source), []
     first = list(itertools.islice(rows, 2000))
     heading = re.compile(r" ?= [^=](.*[^=])? = ?")
     has_headings = any(heading.fullmatch(row) for row in first)
-    has_blanks = source.endswith(".txt") and not all(row.strip() for row in first)
+    by_row = not source.endswith(".txt") or all(row.strip() for row in first)
     for row in itertools.chain(first, rows):
-        starts = heading.fullmatch(row) if has_headings else not has_blanks or not row.strip()
+        starts = heading.fullmatch(row) if has_headings else by_row or not row.strip()
         if starts and lines:
             yield "\n".join(lines)
             lines = []
@@ -527,7 +528,7 @@ def load_windows(source, tokenizer, split, tokens, *, window, seed):
     return torch.stack(ids)[order], torch.tensor(numbers)[order]
 
 def text_source(cfg, run):
-    """What read_documents reads for a run; docstrings are parsed once, into RUN/corpus.jsonl."""
+    """The run's text, for read_documents; docstrings are parsed once, into RUN/corpus.jsonl."""
     corpus = run / "corpus.jsonl"
     if cfg.text == "docstrings" and not corpus.exists():
         lines = [json.dumps({"text": text}) + "\n" for text in docstring_corpus()]
@@ -614,7 +615,7 @@ def open_data(cfg, run, whole=False):
                                  standardiser=standardiser.to(cfg.device))
 
 class ActivationBatches:
-    """A run's training stream: len() shuffled batches read(x), x (B, D), B about cfg.batch."""
+    """A run's training stream: shuffled batches, read(x) of x (B, D), B about cfg.batch."""
     def __init__(self, cfg, data, read=lambda x: x):
         self.cfg, self.data, self.read = cfg, data, read
         self.ids, _ = data.windows("train", cfg.tokens)
@@ -635,7 +636,7 @@ class ActivationBatches:
                 yield self.read(x[picked])
 
 def held_out_activations(cfg, data, split, tokens):
-    """Held-out x (N, D), in CPU memory; of each token document (N,); window, position (N, 2)."""
+    """Held-out x (N, D) on the CPU; each token's document (N,); its window, position (N, 2)."""
     (ids, numbers), x, keeps = data.windows(split, tokens), [], []
     for some in ids.split(64):
         raw = extract(data.lm, cfg.layer, some)
@@ -648,7 +649,7 @@ def held_out_activations(cfg, data, split, tokens):
 # Held-out documents only. A document's tokens are not independent: intervals come from resampling
 # documents (Efron, 1979), the same for both sides of a comparison.
 def path_outputs(parts):
-    """x_hat by path: "full"; where parts were added also "sae"; of two "sae+linear" and so on."""
+    """x_hat by path: "full"; of 2 parts also "sae"; of 3 also "sae+linear", "sae+interaction"."""
     paths = {"sae": parts["sae"]} if len(parts) > 1 else {}
     if len(parts) > 2:
         paths["sae+linear"] = parts["sae"] + parts["linear"]
@@ -691,16 +692,16 @@ def firing_rates(sae, x):
     return sum((code > 0).sum(0) for code in dense_codes(sae, x)).cpu() / len(x)
 
 def bootstrap(statistic, *sums, resamples=2000, seed=0):
-    """A statistic of totals of sums (documents,): [estimate, low, high], 95 % over documents."""
+    """statistic(*totals), totals of sums (documents,): [estimate, low, high], the 95 % interval."""
     documents = len(sums[0])
     picked = np.random.default_rng(seed).integers(documents, size=(resamples, documents))
-    drawn = statistic(*[own[picked].sum(1) for own in sums])
+    drawn = statistic(*[s[picked].sum(1) for s in sums])
     low, high = np.percentile(drawn, (2.5, 97.5)) if documents > 1 else (-math.inf, math.inf)
-    return [float(statistic(*[own.sum() for own in sums])), float(low), float(high)]
+    return [float(statistic(*[s.sum() for s in sums])), float(low), float(high)]
 
-def gain(own, base):
-    """Relative cut of an error, 1 - Σ own / Σ base, by document (documents,): [gain, low, high]."""
-    return bootstrap(lambda own, base: 1 - own / base, own, base)
+def gain(error, base):
+    """Relative cut 1 - Σ error / Σ base of sums by document: [estimate, low, high]."""
+    return bootstrap(lambda error, base: 1 - error / base, error, base)
 
 # -------------------------------- training
 # At one fixed rate a comparison of arms is mostly one of step sizes. So every arm is trained at
@@ -732,19 +733,18 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8):
         fall = 1 - 0.9 * min(1.0, step / (decay * steps))
         for model, optimizer, rate, history in zip(models, optimizers, lr, losses, strict=True):
             optimizer.param_groups[0]["lr"] = rate * fall
-            if model.nfm and model.nfm.dropout.p:  # same masks, whoever trains beside
+            if model.nfm and model.nfm.dropout.p:  # an arm's masks depend on no other
                 torch.manual_seed(seed + step)
             history.append(training_step(model, optimizer, x))
     return [torch.stack(history).float().cpu() for history in losses]
 
 def describe(device):
-    """A GPU's name and free memory; a CPU's threads and memory in all."""
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()  # what earlier tensors left is free again
-        free = torch.cuda.mem_get_info(device)[0]
-        return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} GB free"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{torch.get_num_threads()} threads, {memory / 1e9:.1f} GB in all"
+    """A GPU's name and free memory; a CPU's threads."""
+    if not device.startswith("cuda"):
+        return f"{torch.get_num_threads()} threads"
+    torch.cuda.empty_cache()  # what earlier tensors left is free again
+    free = torch.cuda.mem_get_info(device)[0]
+    return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} GB free"
 
 def pass_bytes(models, batch):
     """Memory of a pass: weights, Adam's moments; of one model gradients, 2.5 matrices (B, F)."""
@@ -759,7 +759,8 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
     """Train arms, make(name), at every rate, at_once models a pass (0: all); write the best."""
     candidates = [(name, rate) for name in arms for rate in cfg.lr]
     dtype = getattr(torch, cfg.param_dtype)
-    at_once, best, errors = at_once or len(candidates), {}, {name: {} for name in arms}
+    at_once = at_once or len(candidates)
+    best, errors = {}, {name: {} for name in arms}
     for start in range(0, len(candidates), at_once):
         names, rates = zip(*candidates[start:start + at_once], strict=True)
         models = []
@@ -779,10 +780,10 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             entry = dict(arm=name, lr=rate, validation_mse=mse, losses=history.tolist())
             with open(run / "train.jsonl", "a") as log:
                 log.write(json.dumps(entry) + "\n")
-            if mse < best.get(name, (math.inf, None))[0]:  # never, if it is not a number
+            if mse < best.get(name, (math.inf, None))[0]:  # never, if it is nan
                 model.config |= dict(lr=rate)
                 best[name] = mse, model.cpu()  # waits in CPU memory
-        del models, model
+        del models, model  # all but the best so far
         for name in [name for name in best if len(errors[name]) == len(cfg.lr)]:
             _, model = best.pop(name)
             model.config |= dict(validation_mse=errors[name], settings=asdict(cfg))
@@ -794,7 +795,7 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             raise UserError(f"{name}: no rate has a finite loss; lower --lr in another --run")
 
 def run_train(cfg, run, arms):
-    """Stage `train`: train the arms that are not there yet, each at every learning rate."""
+    """Stage `train`: train missing arms, each at every learning rate; old results go."""
     for name in set(arms) - set(ARMS):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     wanted = [name for name in ARMS if name in arms and name not in trained_arms(run)]
@@ -860,7 +861,7 @@ def show(value, unit=""):
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
 def figure_text(rows):
-    """Rows of one label, a run each, as text: with interval and bound, or mean ± sd."""
+    """Rows of one label, a run each, as text: interval, bound (no 0), or mean ± sd."""
     row, unit = rows[0], rows[0].unit
     if len(rows) == 1:
         above = f" (needs > {show(row.above, unit)})" if row.above else ""
@@ -871,16 +872,17 @@ def figure_text(rows):
     return f"{show(float(np.mean(values)), unit)} ± {sd:.2g}"
 
 def answers_of(rows):
-    """Both answers of each claim: undecided where an interval holds its bound, "–" without one."""
+    """Both answers of each claim: "yes" if its rows are wholly beyond their bounds, "no" if one is
+    not at all, else "undecided"; "–" without a bound."""
     def answer(claim, kind):
         beyond = []
         for row in (row for row in rows if (row.claim, row.kind) == (claim, kind)):
-            ends = row.value if isinstance(row.value, list) else [row.value]
-            beyond += [[end > row.above for end in ends]] if row.above is not None else []
-            beyond += [[end < row.below for end in ends]] if row.below is not None else []
-        if not all(any(ends) for ends in beyond):
+            ends = np.ravel(row.value)
+            beyond += [ends > row.above] if row.above is not None else []
+            beyond += [ends < row.below] if row.below is not None else []
+        if not all(map(np.any, beyond)):
             return "no"
-        return "–" if not beyond else "yes" if all(map(all, beyond)) else "undecided"
+        return "–" if not beyond else "yes" if all(map(np.all, beyond)) else "undecided"
     return {row.claim: dict(reproduced=answer(row.claim, PAPER), survives=answer(row.claim, FAIR))
             for row in rows}
 
@@ -899,13 +901,13 @@ def save_results(run, stage, rows, table=(), **more):
     write_json(run / "results" / f"{stage}.json", more)
 
 def cut_row(errors, unit, claim, label, kind, own, base, paper="", above=None):
-    """How much less error `own` has than `base`; errors: {"ARM", "ARM PATH": sums by document}."""
+    """The Row of `own`'s cut of `base`'s error; errors: {"ARM", "ARM PATH": sums by document}."""
     value = gain(errors[own], errors[base]) if own in errors and base in errors else None
     return Row(claim, label, kind, value, paper, unit, above)
 
 # -------------------- recon: claims 1 to 4
-# From fvu .10 of joint's own SAE path to .04 in full is a cut of 60 %, as published. If `sae`,
-# trained on the same tokens, has .038, then `joint` has 5 % more error than that.
+# From fvu .10 of joint's own SAE path to .04 in full is a cut of 60 %, by the published metric. If
+# `sae`, trained on the same tokens, has .038, then `joint` has 5 % more error than that.
 def load_trained(run, names):
     """The run's trained arms among names, loaded one at a time: an iterator of (name, model)."""
     there = [name for name in trained_arms(run) if name in names]
@@ -948,7 +950,7 @@ def run_recon(cfg, run):
         less("2", "over sequential-linear", FAIR, "sequential", again, above=0),
         less("2", "over a second SAE, so twice the features", FAIR, "sequential", "residual-sae"),
         less("3", "joint, over joint-linear", FAIR, "joint", "joint-linear", above=0)]
-    if "sae-2dec" in results:  # both decoders get one gradient: each is half of one SAE
+    if "sae-2dec" in results:  # each decoder learns x_hat / 2: its fvu is e + (1-e) / 4
         e = results["sae-2dec"]["fvu"]
         rows += [Row("1", "the same by arithmetic", ZERO, 1 - e / (e + (1 - e) / 4), unit="error")]
     if "joint" in results:
@@ -989,24 +991,24 @@ def tokens_of_others(documents):
     order, most = documents.argsort(stable=True), int(documents.bincount().max())
     if 2 * most > len(documents):
         raise ValueError("one document has most of the tokens: raise --kl-tokens")
-    return torch.empty_like(order).scatter_(0, order, order.roll(most))  # past each document
+    return order.roll(most)[order.argsort()]  # no document is longer than this shift
 
 @torch.no_grad()
 def splice_losses(lm, layer, ids, keeps, replaced):
-    """With rows replaced {name: (N, D)} spliced in at the N positions keeps (W, T) of ids (W, T):
-    {name: (KL from the clean model (N,), mean cross-entropy of the next tokens)}."""
+    """With rows replaced {name: (N, D)} spliced into ids (W, T), at the N positions keeps (W, T):
+    {name: (KL from the clean model (N,), mean cross-entropy of next tokens)}."""
     device, end = next(lm.parameters()).device, 0
     found = {name: ([], []) for name in replaced}
     for tokens, kept in zip(ids.to(device).split(8), keeps.to(device).split(8), strict=True):
         start, end = end, end + int(kept.sum())
         clean = lm(input_ids=tokens, use_cache=False).logits[kept]
-        followed, following = kept[:, :-1], tokens[:, 1:][kept[:, :-1]]
+        has_next, targets = kept[:, :-1], tokens[:, 1:][kept[:, :-1]]
         for name, rows in replaced.items():
             def put(hidden, kept=kept, new=rows[start:end]):
                 most = torch.finfo(hidden.dtype).max  # half precision ends at 65,504
                 return hidden.masked_scatter(kept[..., None], new.clamp(-most, most).to(hidden))
             logits = splice(lm, layer, tokens, put)
-            ce = tnf.cross_entropy(logits[:, :-1][followed].float(), following, reduction="none")
+            ce = tnf.cross_entropy(logits[:, :-1][has_next].float(), targets, reduction="none")
             found[name][0].append(kl_divergence(clean, logits[kept]).double().cpu())
             found[name][1].append(ce.cpu())
     return {name: (torch.cat(kl), torch.cat(ce).mean().item()) for name, (kl, ce) in found.items()}
@@ -1051,7 +1053,7 @@ def kl_rows(kl):
         less("7", "joint-interaction, over sae", FAIR, "joint-interaction", "sae")]
 
 def joint_rows(model, kl, found, paths):
-    """More rows of claims 5 and 7, of `joint`; found: of splice_losses; paths: as in kl.json."""
+    """Rows of claims 5, 7 of `joint`; found: of splice_losses; paths: {path: dict(ce, …)}."""
     from scipy.stats import ttest_ind
     t = ttest_ind(found["full"][0].numpy(), found["sae"][0].numpy())
     total = count_parameters(model)
@@ -1088,20 +1090,20 @@ def run_kl(cfg, run):
         generator = torch.Generator().manual_seed(cfg.seed)  # the same for all arms
         found = losses(replacements(model.to(cfg.device), raw, other, generator))
         mean = {path: by_token.mean().item() for path, (by_token, _) in found.items()}
-        results[name] = {}
+        arm = results[name] = {}
         for path, (by_token, ce) in found.items():
             kl[f"{name} {path}".replace(" full", "")] = by_document(by_token, documents)
             if " " not in path:
-                results[name][path] = own = dict(
+                own = arm[path] = dict(
                     kl=mean[path], ce=ce, kl_over_random=mean[path] / mean[f"{path} random"],
                     kl_over_shuffled=mean[path] / mean[f"{path} shuffled"],
                     ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
                 shown = " ".join(f"{key} {own[key]:<8.4g}" for key in own)
                 table += [f"{name:18} {path:16} {shown}"]
-        if name in ("sae", "joint"):  # own: of path full
-            more += [Row("5", f"CE recovered, {name}", FAIR, own["ce_recovered"], unit="%")]
+        if name in ("sae", "joint"):
+            more += [Row("5", f"CE recovered, {name}", FAIR, arm["full"]["ce_recovered"], unit="%")]
         if name == "joint":
-            more += joint_rows(model, kl, found, results[name])
+            more += joint_rows(model, kl, found, arm)
     save_results(run, "kl", kl_rows(kl) + more, table, arms=results)
 
 # --------------------- gram: claims 8 to 10
@@ -1133,7 +1135,7 @@ def gram_stats(W, block=1024):
     return stats
 
 def find_modes(squared_norms):
-    """Modes of the density of log squared norms (F,), ascending."""
+    """Squared norms (F,) at the modes of their logs' density."""
     from scipy import signal, stats
     logs = np.log10(squared_norms)
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
@@ -1153,8 +1155,8 @@ def norm_shares(dec, lin, V):
 def share_rows(dec, lin, V, lin_start, V_start, seed):
     """Rows of claim 9, from the norms (F,) of rows of weights, trained and as they started."""
     trained, untrained = norm_shares(dec, lin, V), norm_shares(dec, lin_start, V_start)
-    # W_lin and V as they start, at the paper's size and its norm² of .37: arithmetic, no run.
-    sizes = np.sqrt([0.37, 1e-4 * 3200, 25e-4 * 300])
+    # Norms in the paper of W_dec; of its W_lin and V as they start: std² · width.
+    sizes = np.sqrt([0.37, .01**2 * 3200, .05**2 * 300])
     at_paper = dict(NFM=sum(sizes[1:]), linear=sizes[1], interaction=sizes[2], SAE=sizes[0])
     orders = [np.random.default_rng([seed, i]).permutation(len(dec)) for i in range(200)]
     null = np.percentile([norm_shares(dec, lin[own], V[own])["NFM"][0] for own in orders], 2.5)
@@ -1210,7 +1212,7 @@ def read_m(model, x):
     return model.nfm.post_mlp1(*model.sae.encode(x))
 
 def secondary_of(cfg, run, data, name, model):
-    """The secondary SAE of an arm, of 25 K features, 2 % of them kept; trained if it is missing."""
+    """The secondary SAE of an arm, of 25 · K features, 2 % kept; trained if it is missing."""
     path, K = run / f"{name}.secondary.safetensors", cfg.embedding
     if not path.exists():
         x, documents, _ = held_out_activations(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
@@ -1235,8 +1237,8 @@ def strongest_rows(sae, x):
 
 @torch.no_grad()
 def strongest_pairs(sae, nfm, x):
-    """Three pairs of features that meet in x (N, D), of largest q(a, b) - q(a) - q(b) + q(0): each
-    with that length, and the two rows of x in which their product is largest."""
+    """The three pairs of features that interact most, |q(a, b) - q(a) - q(b) + q(0)| with q: x_int
+    at mean values. Each with that norm and two strongest rows of x (N, D)."""
     fires = sum((code > 0).sum(0) for code in dense_codes(sae, x, nfm.n))
     features = fires.topk(min(512, sae.F)).indices  # most read by the NFM
     codes = torch.cat([code[:, features] for code in dense_codes(sae, x, nfm.n)])
@@ -1270,11 +1272,11 @@ def run_secondary(cfg, run):
         m = torch.cat([encode(read_m(model, some.to(cfg.device))).cpu() for some in x.split(4096)])
         shown, strongest = {}, strongest_rows(secondary.sae, m)
         for feature in firing_rates(secondary.sae, m).topk(5).indices.tolist():
-            shown[f"secondary feature {feature}"] = strongest[[feature]][strongest[[feature]] >= 0]
+            shown[f"secondary feature {feature}"] = strongest[[feature]]
         for (a, b), length, both in strongest_pairs(model.sae, model.nfm, x):
             shown[f"features {a} and {b}, together {length:.3g}"] = both
         contexts = [f"  {label}: «{text(row)}» in …{text(row, 12, 5)}…"
-                    for label, found in shown.items() for row in found]
+                    for label, found in shown.items() for row in found if row >= 0]
         fvu = evaluate(secondary, m, documents)["fvu"]["full"]
         table += ["", f"{name}: {secondary.sae.F} features of m, fvu {fvu:.3f}", *contexts]
         results[name] = dict(fvu=fvu, features=secondary.sae.F)
@@ -1375,9 +1377,8 @@ def read_text(cfg, data, model, secondary, text):
     keeps[0] = False
     x = data.standardiser.encode(hidden[keeps])
     m = read_m(model, x)
-    secondary_code, = dense_codes(secondary.sae, secondary.standardiser.encode(m))
-    linear_code, = dense_codes(model.sae, x, model.nfm.n)
-    codes = dict(secondary=secondary_code, linear=linear_code)
+    codes = dict(secondary=next(dense_codes(secondary.sae, secondary.standardiser.encode(m))),
+                 linear=next(dense_codes(model.sae, x, model.nfm.n)))
     return types.SimpleNamespace(ids=ids, hidden=hidden, keeps=keeps, x=x, m=m, codes=codes)
 
 @torch.no_grad()
@@ -1389,8 +1390,8 @@ def clamp_effects(lm, layer, model, prompts, path, features, rows, multiplier=-4
         values = (multiplier - 1) * text.codes[path][:, features]  # (N, C)
         change = values.T[:, :, None] * rows[:, None]  # (C, N, K or D)
         parts = model(text.x)
-        x_hat, m = parts["sae"] + parts["linear"], text.m + (change if path == "secondary" else 0)
-        x_hat = x_hat + model.nfm.interaction(m) + (change if path == "linear" else 0)
+        x_int = model.nfm.interaction(text.m + (change if path == "secondary" else 0))
+        x_hat = parts["sae"] + parts["linear"] + x_int + (change if path == "linear" else 0)
         x_hat = torch.cat([sum(parts.values())[None], x_hat])  # the first is unclamped
         hidden = text.hidden.repeat(len(x_hat), 1, 1)
         hidden[:, text.keeps] = model.standardiser.decode(x_hat)
@@ -1424,7 +1425,7 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
     factors = two_way_anova(means(texts, "linear"), *labels)
     F_lin, p_lin = clamp("linear", [best("linear", np.maximum(factors["F_a"], factors["F_b"]))])
     return dict(feature=by_F, F=F[0], p=p[0], F_variance=F[1], F_linear=F_lin[0], p_linear=p_lin[0],
-                share_random=(1 + (~(F_random < F[0])).sum()) / 100)
+                share_random=(100 - (F_random < F[0]).sum()) / 100)  # 99, and itself
 
 def run_anova(cfg, run):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
@@ -1514,9 +1515,9 @@ def run_report(runs):
             print("{:21}{:9}{:22}{:18}{:20}{}".format(*cells))
         print()
     for stage, xlabel, claim in (("recon", "variance unexplained", 1), ("kl", "KL in nats", 5)):
-        arms = found[0].get(stage, {}).get("arms", {})
-        arms = {arm: own.get("fvu_by_path") or {path: entry["kl"] for path, entry in own.items()}
-                for arm, own in arms.items()}
+        arms = {}
+        for arm, own in found[0].get(stage, {}).get("arms", {}).items():
+            arms[arm] = own.get("fvu_by_path") or {path: own[path]["kl"] for path in own}
         if "sae" in arms:
             draw(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
             lines += ["", f"![](figures/{stage}.png)", "",
@@ -1588,7 +1589,7 @@ def main(argv=None):
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         flags = "train: --at-once 1, or a lower --batch in another --run; else --device cpu"
-        message, status = f"out of memory ({flags}): {str(error).splitlines()[0]}", 2
+        message, status = f"out of memory ({flags}): {' '.join(str(error).split())[:200]}", 2
         if not isinstance(error, MemoryError) and not re.search("(out of|ate) memory", str(error)):
             raise
     print(f"dualenc: {message}", file=sys.stderr)
