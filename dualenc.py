@@ -202,8 +202,7 @@ def count_parameters(module):
 
 def components(model):
     """Weights of a DualEncoder: its SAE (or both), linear path, nonlinear path."""
-    total = count_parameters(model)
-    nfm = count_parameters(model.nfm) if model.nfm else 0
+    total, nfm = count_parameters(model), (count_parameters(model.nfm) if model.nfm else 0)
     linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_lin"))
     return dict(SAE=total - nfm, linear=linear, nonlinear=nfm - linear)
 
@@ -327,7 +326,7 @@ class Config:
     top: int = setting(5, "features that sequential and residual-sae read")
     dropout: float = setting(0.0, "of the products z")
     batch: int = setting(512, "B, tokens in a batch, about")
-    lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "rates; each arm keeps its best", "train")
+    lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "each arm keeps its best", "train secondary")
     param_dtype: str = setting("float32", "of weights in training")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     at_once: int = setting(0, "models (an arm at a rate) that share a pass; 0: all", "train")
@@ -380,7 +379,7 @@ def read_config(run):
         return Config(**stored | {"lr": tuple(stored["lr"])})
 
 def make_config(run, flags):
-    """Flags {field: value} over the run's own settings, or a preset's; drops a standardiser."""
+    """Settings for `lm` and `train`: flags {field: value} over the run's, or a preset's."""
     stored = vars(read_config(run)) if (run / "config.json").exists() else {}
     preset = flags.get("preset", stored.get("preset", "tiny"))
     if preset not in PRESETS:
@@ -390,7 +389,7 @@ def make_config(run, flags):
     for own in fields(Config):
         old, new = stored.get(own.name), getattr(cfg, own.name)
         if stored and old != new and not own.metadata["also"]:
-            if trained_arms(run):
+            if trained_arms(run) or (own.name in ("text", "lm_steps") and (run / "lm").exists()):
                 raise UserError(f"{run} was made with --{own.name} {old}: choose another --run")
             (run / "standardiser.safetensors").unlink(missing_ok=True)
     return cfg
@@ -488,7 +487,7 @@ def read_documents(source):
     first = list(itertools.islice(rows, 2000))
     heading = re.compile(r" ?= [^=](.*[^=])? = ?")
     has_headings = any(heading.fullmatch(row) for row in first)
-    by_row = not source.endswith(".txt") or all(row.strip() for row in first)
+    by_row = not (source.endswith(".txt") and "\n\n" in "\n".join(map(str.strip, first)).strip())
     for row in itertools.chain(first, rows):
         starts = heading.fullmatch(row) if has_headings else by_row or not row.strip()
         if starts and lines:
@@ -758,8 +757,7 @@ def pass_bytes(models, batch):
 def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once):
     """Train arms, make(name), at every rate, at_once models a pass (0: all); write the best."""
     candidates = [(name, rate) for name in arms for rate in cfg.lr]
-    dtype = getattr(torch, cfg.param_dtype)
-    at_once = at_once or len(candidates)
+    dtype, at_once = getattr(torch, cfg.param_dtype), at_once or len(candidates)
     best, errors = {}, {name: {} for name in arms}
     for start in range(0, len(candidates), at_once):
         names, rates = zip(*candidates[start:start + at_once], strict=True)
@@ -783,7 +781,7 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             if mse < best.get(name, (math.inf, None))[0]:  # never, if it is nan
                 model.config |= dict(lr=rate)
                 best[name] = mse, model.cpu()  # waits in CPU memory
-        del models, model  # all but the best so far
+        del models, model
         for name in [name for name in best if len(errors[name]) == len(cfg.lr)]:
             _, model = best.pop(name)
             model.config |= dict(validation_mse=errors[name], settings=asdict(cfg))
@@ -792,7 +790,7 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             print(f"{name:18} validation mse", {lr: round(e, 4) for lr, e in errors[name].items()})
     for name in arms:
         if not (run / f"{name}.safetensors").exists():
-            raise UserError(f"{name}: no rate has a finite loss; lower --lr in another --run")
+            raise UserError(f"{name}: no rate has a finite loss; other --lr, --adam-eps and --run")
 
 def run_train(cfg, run, arms):
     """Stage `train`: train missing arms, each at every learning rate; old results go."""
@@ -805,6 +803,8 @@ def run_train(cfg, run, arms):
     then = [name for name in wanted if name in CHILDREN]
     if then and "sae" not in first + trained_arms(run):
         raise UserError(f"{then[0]} stands on a trained `sae`: train that first")
+    for name in set(CHILDREN) & set(trained_arms(run)) if "sae" in first else ():
+        raise UserError(f"{name} stands on an `sae` that is gone: delete its file too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
     x, documents, _ = held_out_activations(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
@@ -906,7 +906,7 @@ def cut_row(errors, unit, claim, label, kind, own, base, paper="", above=None):
     return Row(claim, label, kind, value, paper, unit, above)
 
 # -------------------- recon: claims 1 to 4
-# From fvu .10 of joint's own SAE path to .04 in full is a cut of 60 %, by the published metric. If
+# From fvu .10 of joint's own SAE path to .04 in full is a cut of 60 %, as published. If
 # `sae`, trained on the same tokens, has .038, then `joint` has 5 % more error than that.
 def load_trained(run, names):
     """The run's trained arms among names, loaded one at a time: an iterator of (name, model)."""
@@ -944,7 +944,7 @@ def run_recon(cfg, run):
         less("1", "joint, over sae-2dec", FAIR, "joint", "sae-2dec", above=0),
         less("1b", "joint-interaction, over its own SAE path", PAPER, inter, f"{inter} sae"),
         less("1b", "over sae", FAIR, inter, "sae", above=0),
-        less("1b", "over sae-matched", FAIR, inter, "sae-matched", above=0),
+        less("1b", "over sae-matched (joint's size)", FAIR, inter, "sae-matched", above=0),
         less("2", "over a truncated SAE", PAPER, "sequential", "sequential sae", "23.4 %", above=0),
         less("2", "a second decoder (sequential-linear)", ZERO, again, f"{again} sae"),
         less("2", "over sequential-linear", FAIR, "sequential", again, above=0),
@@ -990,7 +990,7 @@ def tokens_of_others(documents):
     """For each token one of another document: documents (N,) -> indices (N,)."""
     order, most = documents.argsort(stable=True), int(documents.bincount().max())
     if 2 * most > len(documents):
-        raise ValueError("one document has most of the tokens: raise --kl-tokens")
+        raise ValueError("one document has most of the tokens: raise --kl-tokens or give more")
     return order.roll(most)[order.argsort()]  # no document is longer than this shift
 
 @torch.no_grad()
@@ -1248,9 +1248,9 @@ def strongest_pairs(sae, nfm, x):
         return nfm.interaction(nfm.post_mlp1(mean[some] * mean.new_tensor(mask), features[some]))
     lengths = [(q(some, 1, 1) - q(some, 1, 0) - q(some, 0, 1) + q(some, 0, 0)).norm(dim=1)
                for some in pairs.split(8192)]
-    best = torch.cat(lengths).topk(min(3, len(pairs)))
+    most, best = torch.cat(lengths).topk(min(3, len(pairs)))
     return [(features[pair].tolist(), length, codes[:, pair].prod(1).topk(2).indices.tolist())
-            for pair, length in zip(pairs[best.indices], best.values.tolist(), strict=True)]
+            for pair, length in zip(pairs[best], most.tolist(), strict=True) if length > 0]
 
 def run_secondary(cfg, run):
     """Stage `secondary`: SAEs of m; what they and pairs of features stand for; claim 12."""
@@ -1358,7 +1358,8 @@ def two_way_anova(y, a, b):
 
 def word_tokens(tokenizer, words):
     """First token, after a space, of each word of four cells: ids and cells; no shared ones."""
-    first = [(tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0], cell)
+    start = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    first = [(tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][start], cell)
              for cell, listed in enumerate(words) for word in listed.split()]
     tokens = [token for token, _ in first]
     kept = np.array([own for own in first if tokens.count(own[0]) == 1] or [(0, 0)])
@@ -1425,7 +1426,7 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
     factors = two_way_anova(means(texts, "linear"), *labels)
     F_lin, p_lin = clamp("linear", [best("linear", np.maximum(factors["F_a"], factors["F_b"]))])
     return dict(feature=by_F, F=F[0], p=p[0], F_variance=F[1], F_linear=F_lin[0], p_linear=p_lin[0],
-                share_random=(100 - (F_random < F[0]).sum()) / 100)  # 99, and itself
+                share_random=(100 - (F_random < F[0]).sum()) / 100)
 
 def run_anova(cfg, run):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
@@ -1457,10 +1458,9 @@ def run_anova(cfg, run):
     save_results(run, "anova", rows, arms=results)
 
 # ---------------------------------- report
-LEGEND = """**here**: the paper's own metric. **control, nothing to integrate**: the same on a model
-that cannot integrate; if as large, the metric proves nothing. **fair comparison**: a
-baseline trained as well, or chance. *reproduced?* judges **here**, *survives?* the fair one.
-[ ]: 95 % over documents; ±: sd over runs."""
+LEGEND = """**here**: the paper's metric. **control**: the same with nothing to integrate;
+if as large, it proves nothing. **fair comparison**: a baseline trained as well, or chance.
+*reproduced?* judges **here**, *survives?* the fair one. [ ]: 95 % over documents; ±: sd of runs."""
 
 def draw(path, arms, xlabel):
     """A figure of {arm: {path: number}}: a row an arm, a line at `sae`."""

@@ -452,7 +452,7 @@ def test_a_truncated_model_gives_the_same_activations(model):
 def test_documents_of_each_kind_of_text(tmp_path):
     import pandas
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    (tmp_path / "b.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "b.txt").write_text("\none\ntwo\nthree\n \n")      # blank rows at the ends part nothing
     (tmp_path / "c.txt").write_text(" \n = Title = \n\nbody\n = = Part = = \nmore\n = Next = \nend\n")
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("x y", "", "z")))
     pandas.DataFrame({"text": ["x y", "z"]}).to_parquet(tmp_path / "e.parquet")
@@ -731,6 +731,8 @@ def test_strongest_rows_and_pairs_by_loops():
     assert found == pytest.approx([lengths[pair] for pair in expected], rel=1e-3)
     for (a, b), best in zip(pairs, rows, strict=True):
         assert best == sorted(range(60), key=lambda row: float(-f[row, a] * f[row, b]))[:2]
+    torch.nn.init.zeros_(nfm.W_2)
+    assert d.strongest_pairs(model.sae, nfm, x) == []       # none interacts: none is the strongest
 
 def test_two_way_anova_of_a_balanced_table_by_explicit_sums():
     rng = np.random.default_rng(0)
@@ -775,9 +777,9 @@ def test_two_way_anova_is_uniform_without_an_effect_and_refuses_empty_cells():
             d.two_way_anova(np.arange(4.0), *labels)
 
 def test_word_tokens_leaves_out_shared_first_tokens():
-    ids = {f" {w}": [n] for n, w in enumerate("abcdefghijklmnopqrst")} | {" shared": [99], " also": [99]}
-    def tokenizer(text, add_special_tokens):
-        return {"input_ids": ids[text]}
+    ids = {w: n for n, w in enumerate("abcdefghijklmnopqrst")} | {"shared": 99, "also": 99}
+    def tokenizer(text, add_special_tokens):  # puts a token of its own before every text
+        return {"input_ids": [98, *(ids[word] for word in text.split())]}
     tokens, cells = d.word_tokens(tokenizer, ("a b c d shared", "e f g h also", "i j k l", "m n o p"))
     assert tokens.tolist() == list(range(16)) and cells.tolist() == sorted([0, 1, 2, 3] * 4)
     with pytest.raises(d.UserError):
@@ -1364,6 +1366,20 @@ def test_stages_before_their_time_and_contradictions_are_refused(trained, tmp_pa
 def test_children_need_their_parent(model, text, tmp_path, capsys):
     assert stage("train", tmp_path / "run", "sequential", "--model", model, "--text", text, *SMALL) == 2
     assert "train that first" in one_line(capsys)
+
+def test_children_of_a_deleted_parent_are_not_compared_with_the_next(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "sae.safetensors").unlink()
+    assert stage("train", run, "sae", "--lr", 0.002) == 2
+    assert "stands on an `sae` that is gone" in one_line(capsys) and not (run / "sae.safetensors").exists()
+
+def test_the_tiny_language_model_keeps_its_text_and_steps(tmp_path):
+    (tmp_path / "lm").mkdir()
+    d.write_json(tmp_path / "config.json", vars(d.Config()))
+    assert d.make_config(tmp_path, dict(layer=1)).layer == 1
+    for flags in (dict(lm_steps=50), dict(text="mine.txt")):
+        with pytest.raises(d.UserError, match="choose another --run"):
+            d.make_config(tmp_path, flags)
 
 def test_settings_may_change_until_the_first_arm_is_there(model, text, tmp_path, monkeypatch):
     run = tmp_path / "run"
