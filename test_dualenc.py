@@ -1560,6 +1560,20 @@ def judged(seed, gamma, steps=2000):
     own = mse["joint-interaction"]
     return auroc, 1 - own / mse["sae"], 1 - own / mse["sae-matched"]
 
+def nfm_over_a_second_decoder(seed, gamma, steps=2000):
+    """How much less error `sequential` leaves than `sequential-linear`, on one frozen SAE."""
+    draw, *_ = world(seed, gamma, steps)
+    models, mean, std = trained_in_world(draw, seed, steps)
+    both = []
+    for name in ("sequential", "sequential-linear"):
+        torch.manual_seed(seed)
+        both.append(d.make_arm(name, D=64, F=96, k=8, n=8, K=48, top=4, parent=models["sae"]))
+    d.fit(both, ((draw(512)[0] - mean) / std for _ in range(steps)), lr=[5e-3] * 2, steps=steps)
+    x = (draw(20_000)[0] - mean) / std
+    with torch.no_grad():
+        own, base = ((sum(model(x).values()) - x).square().mean().item() for model in both)
+    return 1 - own / base
+
 @pytest.mark.parametrize("kind, gamma", [("planted", 0.7), ("null", 0.0)])
 def test_world_planted_pairs_are_told_from_decoys_and_a_null_world_gains_too(kind, gamma):
     auroc, over_sae, over_matched = judged(0, gamma)
@@ -1571,3 +1585,4 @@ def test_world_planted_pairs_are_told_from_decoys_and_a_null_world_gains_too(kin
 def test_world_over_seeds():
     for gamma in (0.7, 0.0):
         print(f"\ngamma {gamma}:", [tuple(round(v, 3) for v in judged(seed, gamma)) for seed in range(3)])
+        print("sequential over sequential-linear:", [round(nfm_over_a_second_decoder(s, gamma), 4) for s in range(3)])
