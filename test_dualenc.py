@@ -1524,23 +1524,22 @@ def world(seed, gamma, steps, *, D=64, G=96, P=24, alone=0.04, together=0.015, n
         return x, f
     return draw, pairs, unit[:G]
 
-def trained_in_world(draw, seed, steps, lr=5e-3):
+def trained_in_world(draw, seed, steps, names, lr=5e-3):
     sample, _ = draw(20_000)
     mean, std = sample.mean(0), sample.std(0)
-    names = ("sae", "sae-matched", "joint-interaction")
     models = []
     for name in names:
         torch.manual_seed(seed)
         models.append(d.make_arm(name, D=64, F=96, k=8, n=8, K=48))
     batches = ((draw(512)[0] - mean) / std for _ in range(steps))
-    d.fit(models, batches, lr=[lr] * 3, steps=steps)
+    d.fit(models, batches, lr=[lr] * len(models), steps=steps)
     return dict(zip(names, models, strict=True)), mean, std
 
 def judged(seed, gamma, steps=2000):
     """AUROC of planted pairs against decoys by the learned interaction, and the gains in error."""
     from scipy.optimize import linear_sum_assignment
     draw, pairs, directions = world(seed, gamma, steps)
-    models, mean, std = trained_in_world(draw, seed, steps)
+    models, mean, std = trained_in_world(draw, seed, steps, ("sae", "sae-matched", "joint-interaction"))
     x = (draw(20_000)[0] - mean) / std
     with torch.no_grad():
         mse = {name: (sum(model(x).values()) - x).square().mean().item() for name, model in models.items()}
@@ -1563,7 +1562,7 @@ def judged(seed, gamma, steps=2000):
 def nfm_over_a_second_decoder(seed, gamma, steps=2000):
     """How much less error `sequential` leaves than `sequential-linear`, on one frozen SAE."""
     draw, *_ = world(seed, gamma, steps)
-    models, mean, std = trained_in_world(draw, seed, steps)
+    models, mean, std = trained_in_world(draw, seed, steps, ["sae"])
     both = []
     for name in ("sequential", "sequential-linear"):
         torch.manual_seed(seed)
