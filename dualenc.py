@@ -1584,7 +1584,7 @@ def main(argv=None):
     try:
         return run_stage(build_parser().parse_args(argv)) or 0
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on with the first missing arm", 130
+        message, status = "stopped; the same command trains what is missing", 130
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
