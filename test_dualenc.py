@@ -1575,7 +1575,7 @@ def nfm_over_a_second_decoder(seed, gamma, steps=2000):
 
 @pytest.mark.parametrize("kind, gamma", [("planted", 0.7), ("null", 0.0)])
 def test_world_planted_pairs_are_told_from_decoys_and_a_null_world_gains_too(kind, gamma):
-    auroc, over_sae, over_matched = judged(0, gamma)
+    auroc, over_sae, over_matched = judged(0, gamma, steps=1500)
     print(f"\n{kind} world: AUROC {auroc:.2f}, joint-interaction over sae {over_sae:.1%}, over sae-matched "
           f"{over_matched:.1%}")
     assert auroc >= 0.9 if gamma else 0.3 <= auroc <= 0.7
