@@ -700,7 +700,7 @@ def bootstrap(statistic, *sums, resamples=2000, seed=0):
 
 def gain(error, base):
     """Relative cut 1 - Σ error / Σ base of sums by document: [estimate, low, high]."""
-    return bootstrap(lambda error, base: 1 - error / base, error, base)
+    return bootstrap(lambda e, b: 1 - e / b, error, base)
 
 # -------------------------------- training
 # At one fixed rate a comparison of arms is mostly one of step sizes. So every arm is trained at
@@ -790,7 +790,7 @@ def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once)
             print(f"{name:18} validation mse", {lr: round(e, 4) for lr, e in errors[name].items()})
     for name in arms:
         if not (run / f"{name}.safetensors").exists():
-            raise UserError(f"{name}: no rate has a finite loss; other --lr, --adam-eps and --run")
+            raise UserError(f"{name}: no rate has a finite loss: give other --lr or --adam-eps")
 
 def run_train(cfg, run, arms):
     """Stage `train`: train missing arms, each at every learning rate; old results go."""
@@ -803,8 +803,8 @@ def run_train(cfg, run, arms):
     then = [name for name in wanted if name in CHILDREN]
     if then and "sae" not in first + trained_arms(run):
         raise UserError(f"{then[0]} stands on a trained `sae`: train that first")
-    for name in set(CHILDREN) & set(trained_arms(run)) if "sae" in first else ():
-        raise UserError(f"{name} stands on an `sae` that is gone: delete its file too")
+    if "sae" in first and (orphans := set(CHILDREN) & set(trained_arms(run))):
+        raise UserError(f"{min(orphans)} stands on an `sae` that is gone: delete its file too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
     x, documents, _ = held_out_activations(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
@@ -861,7 +861,7 @@ def show(value, unit=""):
     return form.format(scale * own) + words + (f" [{interval}]" if ends else "")
 
 def figure_text(rows):
-    """Rows of one label, a run each, as text: interval, bound (no 0), or mean ± sd."""
+    """Rows of one label, a run each, as text: interval, any bound but 0; or mean ± sd."""
     row, unit = rows[0], rows[0].unit
     if len(rows) == 1:
         above = f" (needs > {show(row.above, unit)})" if row.above else ""
@@ -990,7 +990,7 @@ def tokens_of_others(documents):
     """For each token one of another document: documents (N,) -> indices (N,)."""
     order, most = documents.argsort(stable=True), int(documents.bincount().max())
     if 2 * most > len(documents):
-        raise ValueError("one document has most of the tokens: raise --kl-tokens or give more")
+        raise ValueError("one document has most of the tokens: raise --kl-tokens, or add text")
     return order.roll(most)[order.argsort()]  # no document is longer than this shift
 
 @torch.no_grad()
@@ -1155,8 +1155,8 @@ def norm_shares(dec, lin, V):
 def share_rows(dec, lin, V, lin_start, V_start, seed):
     """Rows of claim 9, from the norms (F,) of rows of weights, trained and as they started."""
     trained, untrained = norm_shares(dec, lin, V), norm_shares(dec, lin_start, V_start)
-    # Norms in the paper of W_dec; of its W_lin and V as they start: std² · width.
-    sizes = np.sqrt([0.37, .01**2 * 3200, .05**2 * 300])
+    # At the paper's size: W_dec's norm as reported, W_lin's and V's at the start.
+    sizes = np.sqrt([0.37, 0.01**2 * 3200, 0.05**2 * 300])
     at_paper = dict(NFM=sum(sizes[1:]), linear=sizes[1], interaction=sizes[2], SAE=sizes[0])
     orders = [np.random.default_rng([seed, i]).permutation(len(dec)) for i in range(200)]
     null = np.percentile([norm_shares(dec, lin[own], V[own])["NFM"][0] for own in orders], 2.5)
@@ -1358,7 +1358,7 @@ def two_way_anova(y, a, b):
 
 def word_tokens(tokenizer, words):
     """First token, after a space, of each word of four cells: ids and cells; no shared ones."""
-    start = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    start = len(tokenizer("a", add_special_tokens=False)["input_ids"])  # past "a" and any mark
     first = [(tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][start], cell)
              for cell, listed in enumerate(words) for word in listed.split()]
     tokens = [token for token, _ in first]
