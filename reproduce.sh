@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Reproduces the paper's claims beside their controls: ./reproduce.sh [laptop|small|paper|test] [SEED] [DEVICE]
+# Reproduces the paper's claims beside their controls: ./reproduce.sh [laptop|paper|test] [SEED] [DEVICE]
 # laptop (the default) needs no GPU and no network beyond the package index. What is there is skipped: a call after
 # an interruption goes on, and a call after the end only prints. A stage that fails does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")"
 preset=${1:-laptop} seed=${2:-0}
-case $preset in laptop|small|paper|test) ;; *)
-  echo "reproduce.sh: unknown preset '$preset': choose laptop, small, paper or test" >&2; exit 2 ;; esac
+case $preset in laptop|paper|test) ;; *)
+  echo "reproduce.sh: unknown preset '$preset': choose laptop, paper or test" >&2; exit 2 ;; esac
 
 if ! cmp -s requirements.txt .venv/installed 2>/dev/null; then            # a minute, once
   python3 -m venv .venv &&
