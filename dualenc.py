@@ -567,6 +567,7 @@ def text_rows(source):
     with blame(f"cannot read the text {source}"):
         if suffix in (".txt", ".jsonl"):
             rows = open(source, encoding="utf-8-sig")
+            rows = filter(str.strip, rows) if suffix == ".jsonl" else rows
         elif Path(source).exists():
             raise ValueError("give a .txt or .jsonl file, or HUB_ID:CONFIG")
         else:
@@ -735,7 +736,7 @@ class ActivationBatches:
                 yield x[picked].float()
 
 def held_out(cfg, data, split, tokens):
-    """Held-out x (N, D) on the CPU, and each token's document (N,)."""
+    """Held-out x (N, D) on the CPU, and each token's document (N,), 0 to their number."""
     ids, numbers = data.windows(split, tokens)
     x, documents = [], []
     for some, of_some in zip(ids.split(64), numbers.split(64), strict=True):
@@ -743,7 +744,7 @@ def held_out(cfg, data, split, tokens):
         keeps = data.standardiser.keeps(raw)
         x.append(data.standardiser.encode(raw[keeps]).cpu())
         documents.append(of_some.repeat_interleave(ids.shape[1] - 1)[keeps.cpu()])
-    return torch.cat(x), torch.cat(documents)
+    return torch.cat(x), torch.cat(documents).unique(return_inverse=True)[1]
 
 # ------------------------------ evaluation
 # A document's tokens are not independent: a standard error comes from leaving out documents.
@@ -755,18 +756,14 @@ def path_outputs(parts):
         paths["sae+interaction"] = parts["sae"] + parts["interaction"]
     return paths | {"full": sum(parts.values())}
 
-def by_document(values, documents):
-    """Sums of values (N,) over the tokens of each document, numbers (N,)."""
-    return np.bincount(documents, weights=values)[np.unique(documents)]
-
 def in_batches(function, x, device):
     """function(x) of x (N, …), computed on a device by 4,096 rows; on the CPU."""
     return torch.cat([function(batch.to(device)).cpu() for batch in x.split(4096)])
 
 @torch.no_grad()
 def evaluate(model, x, documents):
-    """Errors on held-out x (N, D), of documents (N,): mse; by path fvu (1 if the mean is predicted)
-    and sse, by document."""
+    """Errors on x (N, D) of documents (N,): mse; by path fvu (1 if the mean is predicted), sse by
+    document."""
     errors = {}
     for batch in x.split(4096):
         batch = batch.to(model.sae.W_dec.device)
@@ -777,7 +774,7 @@ def evaluate(model, x, documents):
     return dict(
         mse=float(errors["full"].sum() / x.numel()),
         fvu={path: float(error.sum() / spread) for path, error in errors.items()},
-        sse={path: by_document(error, documents) for path, error in errors.items()})
+        sse={path: np.bincount(documents, weights=error) for path, error in errors.items()})
 
 @torch.no_grad()
 def dense_codes(sae, x, read=None):
@@ -892,8 +889,7 @@ def run_train(cfg, run, arms):
         raise UserError(f"{name} stands on an `sae` that is gone: delete it too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
-    few = cfg.eval_tokens // 4 + 1  # our choice: enough to tell rates apart
-    validation = held_out(cfg, data, "validation", few)
+    validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)  # our choice
     def make(name):
         parent = load_arm(run / "sae.safetensors") if name in CHILDREN else None
         torch.manual_seed(cfg.seed)  # all arms start from one SAE
@@ -960,7 +956,8 @@ def make_rows(sums, claim, kind, unit, names, statistic=cut, label="", control="
         def difference(*totals):
             return statistic(*totals[:len(own)]) - statistic(*totals[len(own):])
         row.control = jackknife(difference, *map(sums.get, own + others))
-    return [row, *make_rows(sums, claim, CONTROL, unit, control, statistic)]
+    label = label and f"{label}, control"
+    return [row, *make_rows(sums, claim, CONTROL, unit, control, statistic, label)]
 
 def limits(rows, level=0.95):
     """Mean, low, high of a figure, Rows of a run each; None where they cannot decide."""
@@ -971,11 +968,16 @@ def limits(rows, level=0.95):
         ends = min(row.ends[0] for row in rows), max(row.ends[1] for row in rows)
     return mean, *ends
 
+def severity(answer):
+    """A key that sorts answers, the worst first."""
+    order = "no", "undecided", "direction only", "yes", "–"
+    return order.index(answer.split(",")[0]), "," not in answer
+
 def reproduced_by(rows):
-    """How a figure, Rows with a rule, one a run, compares with the paper's."""
+    """How a figure, Rows of a run each, compares with the paper's; or "–"."""
     first, found = rows[0], limits(rows)
-    if found is None:
-        return "undecided"
+    if not first.rule or found is None:
+        return "undecided" if first.rule else "–"
     sign, size = (1 if first.paper >= 0 else -1), abs(first.paper)
     mean, low, high = found if sign > 0 else (-found[0], -found[2], -found[1])
     if first.rule == "modes":
@@ -993,26 +995,23 @@ def reproduced_by(rows):
     return answer
 
 def survives_by(rows, figures):
-    """Whether a claim survives one of its figures, Rows with a margin, one a run."""
-    found, strict = limits(rows), limits(rows, 1 - 0.05 / figures)
-    if found and found[1] > rows[0].margin:
-        return "yes"
-    return "no" if found and strict[2] < rows[0].margin else "undecided"
+    """Whether a claim of so many figures survives one, Rows of a run each; or "–"."""
+    found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / figures), rows[0].margin
+    if margin is None or found is None:
+        return "–" if margin is None else "undecided"
+    return "yes" if found[1] > margin else "no" if strict[2] < margin else "undecided"
 
 def answers_of(rows):
-    """{claim: {reproduced, survives}}, two answers; "–" where nothing decides."""
-    order = "no", "undecided", "direction only", "yes", "–"
-    def worst(answers):
-        return min(answers, default="–", key=lambda a: (order.index(a.split(",")[0]), "," not in a))
+    """{claim: {reproduced, survives}}; "–" where nothing decides."""
     figures, answers = {}, {}
     for row in rows:
         figures.setdefault(row.claim, {}).setdefault((row.kind, row.label), []).append(row)
     for claim, groups in figures.items():
-        judged = [group for group in groups.values() if group[0].rule]
-        deciding = [group for group in groups.values() if group[0].margin is not None]
-        answers[claim] = dict(
-            reproduced=worst(map(reproduced_by, judged)),
-            survives=worst(survives_by(group, len(deciding)) for group in deciding))
+        deciding = sum(group[0].margin is not None for group in groups.values())
+        judged = map(reproduced_by, groups.values())
+        lasting = (survives_by(group, max(1, deciding)) for group in groups.values())
+        answers[claim] = dict(reproduced=min(judged, key=severity),
+                              survives=min(lasting, key=severity))
     return answers
 
 def figure_text(rows, value=None):
@@ -1055,7 +1054,7 @@ def save_results(run, stage, rows, table=(), **more):
 # tokens, has .038, then `joint` has 5 % more error.
 def load_trained(cfg, run, names):
     """The run's trained arms among names, one at a time: (name, model)."""
-    there = [name for name in trained_arms(run) if name in names]
+    there = [name for name in names if name in trained_arms(run)]
     if not there:
         raise UserError(f"{run} has no arm among {', '.join(names)}: run the stage `train` first")
     with blame(f"{run}/standardiser.safetensors is missing or damaged"):
@@ -1122,8 +1121,8 @@ def run_recon(cfg, run):
             rows += [Row("4", "mse of sae", PAPER, arm["mse"], "%", 0.136, "size"),
                      Row("4", "its fvu", FAIR, arm["fvu"], "%")]
         if name == "sae-2dec":
-            # Each of two equal decoders learns x_hat / 2: the error is that of x_hat (e) and, at
-            # right angles to it, half of x_hat (a quarter of 1 - e).
+            # Two equal decoders each learn x_hat / 2: the error is that of x_hat (e) and, at right
+            # angles, half of x_hat (a quarter of 1 - e).
             e = arm["fvu"]
             rows += [Row("1", "sae-2dec, by arithmetic", CONTROL, 1 - e / (e + (1 - e) / 4),
                          "error")]
@@ -1215,7 +1214,6 @@ def kl_rows(kl):
         *rows("5", PAPER, "KL", "sequential sae+interaction / sequential sae", paper=0.009),
         *rows("5", FAIR, "KL", "joint / sae", margin=0.01),
         *rows("5", FAIR, "KL", "joint / sae-matched", margin=0.01),
-        # 2.99 times as much is 199 % more.
         *rows("6a", PAPER, more, "sequential sae / sequential sae random", excess, paper=1.99,
               control="sae-2dec sae / sae-2dec sae random"),
         *rows("6a", FAIR, more, "sae / sae random", excess, margin=0.0),
@@ -1225,7 +1223,7 @@ def kl_rows(kl):
         *rows("6b", FAIR, "%", "joint / joint random // sae / sae random", milder, margin=0.0),
         *rows("6b", FAIR, "%", "sequential / sequential random // sequential-linear / "
               "sequential-linear random", milder, margin=0.0),
-        # The control: as many weights in a linear part, of low rank.
+        # The control: a linear part of low rank, with as many weights.
         *rows("7", PAPER, "%", "joint sae / joint sae+interaction / joint", share,
               "nonlinear path's share of the cut", paper=0.165,
               control="sae-2dec sae / sae-2dec sae+low-rank / sae-2dec"),
@@ -1240,6 +1238,7 @@ def run_kl(cfg, run):
     keeps = standardiser.keeps(hidden)
     keeps[:, 0] = False  # attention sinks pass through, and do not count
     raw, documents = hidden[keeps], numbers[:, None].expand(keeps.shape)[keeps]
+    documents = documents.unique(return_inverse=True)[1]
     losses = partial(splice_losses, data.lm, cfg.layer, ids, keeps)
     base = losses({"clean": raw, "mean": standardiser.mean.expand_as(raw)})
     clean_ce, mean_ce = (ce for _, ce in base.values())
@@ -1248,7 +1247,7 @@ def run_kl(cfg, run):
     results, kl, rows, other = {}, {}, [], tokens_of_others(documents)
     with torch.device("meta"):
         weights = components(make_arm("joint", **cfg.sizes(raw.shape[1])))
-    as_many = round(weights["nonlinear"] / (cfg.features + raw.shape[1]))  # of a row and a column
+    as_many = round(weights["nonlinear"] / (cfg.features + raw.shape[1]))
     for name, model in arms:
         generator = torch.Generator().manual_seed(cfg.seed)  # the same for all arms
         rank = as_many if name == "sae-2dec" else 0
@@ -1256,7 +1255,7 @@ def run_kl(cfg, run):
         mean = {path: by_token.mean().item() for path, (by_token, _) in found.items()}
         arm = results[name] = {}
         for path, (by_token, ce) in found.items():
-            kl[f"{name} {path}".replace(" full", "")] = by_document(by_token, documents)
+            kl[f"{name} {path}".replace(" full", "")] = np.bincount(documents, by_token)
             if " " not in path:
                 arm[path] = dict(
                     kl=mean[path], ce=ce, kl_over_random=mean[path] / mean[f"{path} random"],
@@ -1273,8 +1272,7 @@ def run_kl(cfg, run):
     save_results(run, "kl", kl_rows(kl) + rows, table, arms=results)
 
 # -------------------- gram: claims 8 and 9
-# A row at the norm where it started has hardly trained. And the shares that the paper correlates
-# with a norm contain that norm.
+# The shares that the paper correlates with a norm contain that norm.
 @torch.no_grad()
 def gram_stats(W):
     """Geometry of the rows of W (F, width), by WᵀW: {squared_norms (F,), components_90, first_50}.
@@ -1618,11 +1616,14 @@ def draw_arms(path, arms, xlabel):
         figure.savefig(temporary, format="png", dpi=120)
 
 def cell_of(rows, claim, kind):
-    """A cell of the report: the figure of a kind that decides, or the first."""
-    found = [row for row in rows if (row.claim, row.kind) == (claim, kind)]
-    found.sort(key=lambda row: row.value is None or not row.rule and row.margin is None)
-    same = [row for row in found if row.label == found[0].label]
-    return f"{same[0].label}: {figure_text(same)}" if same else "–"
+    """A cell of the report: the worst figure of a kind."""
+    figures = {}
+    for row in rows:
+        if (row.claim, row.kind) == (claim, kind):
+            figures.setdefault(row.label, []).append(row)
+    worst = min(figures.items(), default=None, key=lambda figure: min(
+        severity(reproduced_by(figure[1])), severity(survives_by(figure[1], len(figures)))))
+    return f"{worst[0]}: {figure_text(worst[1])}" if worst else "–"
 
 def run_report(runs):
     """Stage `report`: every claim in one table, with figures, in RUN/report.md."""
@@ -1724,7 +1725,7 @@ def main(argv=None):
     try:
         return run_stage(build_parser().parse_args(argv)) or 0
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on", 130
+        message, status = "stopped", 130
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
