@@ -1102,6 +1102,8 @@ def test_a_clamp_to_once_itself_changes_nothing_and_others_are_as_by_hand(model,
             logits.append(d.splice(data.lm, 1, t.ids, lambda _, hidden=hidden: hidden[None])[0, -1])
         expected = expected + (logits[1] - logits[0]) / len(texts)
     assert np.allclose(run(0)[0], expected.detach(), atol=1e-3)
+    torch.nn.init.zeros_(own.nfm.W_2)       # an interaction without effect: a clamp changes nothing, to the last bit
+    assert not run(-4).any()
     linear = d.clamp_effects(data.lm, 1, own, texts, "linear", [0], own.nfm.W_lin[[0]])
     assert linear.shape == (1, expected.shape[0])
 
