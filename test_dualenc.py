@@ -284,7 +284,6 @@ def test_arms_have_the_paths_and_sizes_that_their_names_say():
     assert 0 <= matched - joint < 8 * 21 and arm("sae-matched").sae.F % 8 == 0
     inter, matched = (sum(d.components(arm(name)).values()) for name in ("joint-interaction", "sae-matched-interaction"))
     assert 0 <= matched - inter < 8 * 21 and arm("sae-matched-interaction").sae.F % 8 == 0
-    # all arms but the children start from one SAE
     assert torch.equal(arm("joint").sae.W_dec, arm("sae").sae.W_dec)
 
 def test_the_papers_joint_model_has_496_million_parameters():
@@ -985,7 +984,6 @@ def test_at_the_papers_size_an_untrained_nfm_gives_most_of_the_published_figures
     found = d.untrained_at_paper_size(0)
     for name, published in (("NFM", 0.713), ("linear", 0.290), ("interaction", 0.423), ("SAE", 0.287)):
         assert found[name][2] == pytest.approx(published, abs=0.015)
-    # by explicit arrays, at one norm a mode: two points on a line
     rng = np.random.default_rng(1)
     low = rng.random(2000) < 0.3
     squared = np.where(low, 0.05, 0.37) * np.exp(0.15 * rng.standard_normal(2000))
@@ -1204,7 +1202,6 @@ def test_kl_of_a_run(measured, model, text):
     assert found["arms"]["sae"]["full"]["ce"] == pytest.approx(np.mean(ce), rel=1e-4)
     assert set(found["arms"]) == set(d.ARMS)
     assert all(entry["kl"] > 0 for paths in found["arms"].values() for entry in paths.values())
-    # the two SAEs cut to the same features are one
     assert found["arms"]["sequential"]["sae"]["kl"] == pytest.approx(found["arms"]["residual-sae"]["sae"]["kl"])
     rows = {(row["claim"], row["label"]): row["value"] for row in found["rows"]}
     joint = found["arms"]["joint"]
@@ -1659,6 +1656,25 @@ def test_a_text_that_was_replaced_after_the_standardiser_gives_a_fresh_one(model
         assert stage("train", tmp_path / run, "sae", "--model", model, "--text", source, "--layer", 1, *SMALL) == 0
         stored.append((tmp_path / run / "standardiser.safetensors").read_bytes())
     assert stored[0] != stored[1] == stored[2]
+
+def test_more_than_one_per_cent_of_sinks_is_said(model, text, tmp_path, monkeypatch, capsys):
+    extract = d.extract
+    def planted(lm, layer, ids, every):
+        raw = extract(lm, layer, ids)
+        raw[::every] *= 1000
+        return raw
+    monkeypatch.setattr(d, "train_arms", lambda *_: None)
+    for every, said in ((200, False), (20, True)):
+        monkeypatch.setattr(d, "extract", lambda lm, layer, ids, every=every: planted(lm, layer, ids, every))
+        assert stage("train", tmp_path / str(every), "sae", "--model", model, "--text", text, "--layer", 1, *SMALL) == 0
+        out = capsys.readouterr().out
+        assert f"{1 / every:.1%}"[:-1] in out and ("ordinary text too: try another --layer" in out) == said
+
+def test_a_console_that_refuses_a_letter_loses_no_result(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("results"))
+    done = subprocess.run([sys.executable, str(SOURCE), "gram", "--run", str(run), "--device", "cpu"],
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and results_of(run, "gram")["rows"]
 
 def test_data_or_settings_that_changed_between_stages_are_refused(trained, model, text, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
