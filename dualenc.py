@@ -1652,7 +1652,7 @@ def run_report(runs):
     for claim, answer in answers_of(rows).items():
         cells = [cell_of(rows, claim, kind) for kind in (PAPER, CONTROL, FAIR)]
         lines += ["| " + " | ".join([f"{claim}. {CLAIMS[claim]}", *cells, *answer.values()]) + " |"]
-        print(f"{claim:>3}  {cells[0][:62]:63}{' / '.join(answer.values())}")
+        print(f"{claim:>3}  {cells[0][:44]:45}{' / '.join(answer.values())}")
     for stage, xlabel, claim in (("recon", "variance unexplained", 1), ("kl", "KL in nats", 5)):
         arms = {arm: own.get("fvu_by_path") or {path: own[path]["kl"] for path in own}
                 for arm, own in found[0].get(stage, {}).get("arms", {}).items()}

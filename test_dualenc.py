@@ -773,7 +773,7 @@ def test_the_rule_on_known_truths():
         shared = 0.002 * rng.standard_normal((3, 1))            # of documents, which the runs share
         values = 0.01 + shared + 0.002 * rng.standard_normal((3, 3))
         answers.append(d.answers_of(three(values, 0.002))["1"]["survives"])
-    assert answers.count("no") <= 0.06 * 400 and answers.count("yes") <= 0.05 * 400 and "undecided" in answers
+    assert answers.count("no") <= 0.05 * 400 and answers.count("yes") <= 0.05 * 400 and "undecided" in answers
     assert d.answers_of(three(np.zeros((3, 3)), 0.002))["1"]["survives"] == "no"
     assert d.answers_of(three(np.full((3, 3), 0.05), 0.0049))["1"]["survives"] == "yes"
     missing = three(np.full((3, 3), 0.05), 0.001)[:6] + [d.Row("1", "figure 2", d.FAIR, margin=0.01)]
@@ -1246,9 +1246,9 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
     out = capsys.readouterr().out
     text = (measured / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert all(line.count("|") == 7 for line in rows) and len(rows) > len(d.CLAIMS)
-    assert all(len(line) <= 130 for line in out.splitlines()[:-1])
-    assert any(re.match("  1  joint over joint sae: .* less error", line) for line in out.splitlines())
+    assert all(line.count("|") == 7 for line in rows) and len(rows) >= len(d.CLAIMS)     # a head, and each claim but that of `anova`
+    assert all(len(line) <= 100 for line in out.splitlines()[:-1])
+    assert any(re.match("  1  joint over joint sae: .* less err", line) for line in out.splitlines())
     for file in (measured / "results").glob("*.json"):
         assert f"## {measured}: {file.stem}" in text
         assert "\n".join(json.loads(file.read_text())["printed"]) in text
