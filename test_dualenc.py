@@ -31,6 +31,8 @@ SOURCE = pathlib.Path(d.__file__)
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 5)) for i in range(150)]
 SMALL = ("--features 48 --k 6 --n 4 --embedding 6 --top 3 --window 8 --batch 64 --lr 0.003 0.01 "
          "--tokens 3000 --chunk 700 --eval-tokens 600 --kl-tokens 300").split()
+torch.set_num_threads(1)                        # small matrices are no slower, and two processes do not disturb each other
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("repeatable")
 seeds = st.integers(0, 2**31)
@@ -60,7 +62,6 @@ def arm(name, **changes):
     return d.make_arm(name, parent=parent, **sizes)
 
 # ------------------------------------------------------------------------------------- the limits
-
 def test_the_module_and_its_tests_keep_their_limits():
     text = SOURCE.read_text()
     tree = ast.parse(text)
@@ -79,19 +80,6 @@ def test_the_module_and_its_tests_keep_their_limits():
             inner = [one for one in ast.walk(node) if isinstance(one, ast.FunctionDef) and one is not node]
             for one in inner:
                 assert not any(isinstance(x, ast.FunctionDef) for x in ast.walk(one) if x is not one), node.name
-
-def test_no_function_needs_a_name_that_stands_below_it():
-    tree = ast.parse(SOURCE.read_text())
-    places = {}
-    for node in tree.body:
-        for name in [getattr(node, "name", None)] + [
-                t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]:
-            places.setdefault(name, node.lineno)
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            for used in ast.walk(node):
-                if isinstance(used, ast.Name) and used.id in places:
-                    assert places[used.id] <= node.lineno, (node.name, used.id)
 
 @pytest.mark.parametrize("name, check", [
     ("topk_encode", "topk_encode(torch.ones(2, 3), torch.eye(3), torch.zeros(3), 2)[0].shape == (2, 2)"),
@@ -123,7 +111,6 @@ def test_functions_to_lift_work_with_the_names_that_their_docstrings_list(name, 
     assert eval(check, space)
 
 # ------------------------------------------------------------------------------------- core maths
-
 @given(B=st.integers(1, 5), F=st.integers(1, 12), seed=seeds, shift=st.floats(-3, 3), data=st.data())
 def test_topk_encode_against_the_dense_definition(B, F, seed, shift, data):
     k, D = data.draw(st.integers(1, F)), 4
@@ -219,15 +206,13 @@ def test_the_dense_way_of_a_gpu_equals_the_sparse_way(monkeypatch):
     for one, other in zip(sparse, step_gradients(*things, 7), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
-def test_rows_are_gathered_where_that_was_measured_to_be_faster():
-    class Card:
-        is_cpu = False
-        def __init__(self, F):
-            self.F = F
-        def __len__(self):
-            return self.F
+def test_rows_are_gathered_where_that_was_measured_to_be_faster(monkeypatch):
+    def card(F):
+        return torch.empty(F, 0, device="meta")         # on no CPU
     assert d.gathers(torch.empty(50_000, 0), 1024)
-    assert d.gathers(Card(50_000), 512) and not d.gathers(Card(50_000), 1024) and d.gathers(Card(32_768), 64)
+    assert d.gathers(card(50_000), 512) and not d.gathers(card(50_000), 1024) and d.gathers(card(32_768), 64)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert d.gathers(card(50_000), 99) and not d.gathers(card(50_000), 101)
 
 def test_a_second_derivative_of_the_decoder_is_refused_not_wrong():
     values, indices = random_code(3, 8, 4)
@@ -237,7 +222,6 @@ def test_a_second_derivative_of_the_decoder_is_refused_not_wrong():
         first.sum().backward()
 
 # --------------------------------------------------------------------------------- modules and arms
-
 def test_initial_weights_are_as_stated():
     torch.manual_seed(0)
     model = d.make_arm("joint", D=64, F=2000, k=8, n=8, K=30)
@@ -337,7 +321,6 @@ def test_bad_names_and_sizes_are_refused():
             d.make_arm(**dict(name="joint", D=4, F=32, k=6, n=4, K=5) | changes)
 
 # --------------------------------------------------------------------------- evaluation and training
-
 def test_evaluate_against_numpy_and_predicting_the_mean_scores_one():
     model, x = arm("joint"), normal(50, 10) * 2 + 1
     documents = torch.arange(50) // 7
@@ -444,7 +427,6 @@ def test_fit_takes_any_batches_its_rates_fall_to_a_tenth_and_models_do_not_distu
     assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(2e-3)
 
 # ------------------------------------------------------------------------------- language model, text
-
 def write_text(path, documents=120, words=60, seed=0):
     """A .txt file with one document of 20 to `words` words on each line."""
     rng = random.Random(seed)
@@ -679,14 +661,13 @@ def test_docstring_corpus_holds_docstrings_and_no_code(tmp_path, monkeypatch):
     assert list(d.docstring_corpus()) == 3 * ["Module.\n\nOf A.", "Of f."]
 
 # ---------------------------------------------------------------------------------------- activations
-
 def data_of(model, text, window=8):
     lm, tokenizer = d.load_lm(model, "cpu", 1, False)
     def windows(split, tokens):
         return d.load_windows(str(text), tokenizer, split, tokens, window=window, seed=0)
     raw = d.extract(lm, 1, windows("train", 3000)[0])
     return types.SimpleNamespace(lm=lm, tokenizer=tokenizer, windows=windows,
-                                 standardiser=d.estimate_standardiser(raw))
+                                 standardiser=d.estimate_standardiser(raw), surrogate=None)
 
 def stream_of(data, seed=0, tokens=3000, chunk=700, batch=64):
     cfg = d.Config(layer=1, window=8, tokens=tokens, chunk=chunk, batch=batch, seed=seed)
@@ -749,14 +730,29 @@ def test_attention_sinks_are_left_out_of_standardiser_training_and_held_out_acti
     assert (~data.standardiser.keeps(raw)).nonzero().flatten().tolist() == list(range(0, len(raw), 100))
     assert max(x.abs().max() for x in stream_of(data)) < 30
     x, documents = d.held_out(d.Config(layer=1, window=8), data, "test", 500)
-    left_out = set(range(0, len(ids) * 8, 100)) if len(ids) <= 64 else None
+    left_out = set(range(0, len(ids) * 8, 100)) if len(ids) <= 200 else None
     kept = [at for at in range(len(ids) * 8) if left_out is None or at not in left_out]
     assert len(x) == len(documents) == len(kept)
     ranks = {number: rank for rank, number in enumerate(sorted({int(numbers[at // 8]) for at in kept}))}
     assert documents.tolist() == [ranks[int(numbers[at // 8])] for at in kept]
 
-# --------------------------------------------------------------------------------------- claims and kl
+def test_a_surrogate_keeps_all_errors_but_none_that_the_code_explains(monkeypatch):
+    axes = torch.linalg.qr(normal(12, 12, dtype=torch.float64))[0]
+    f = 0.5 + torch.rand(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    products = f[:, 0] * f[:, 1]
+    x = f @ axes[:4] + torch.outer(products, axes[4])          # an SAE that finds f leaves the product
+    sae = d.TopKSAE(12, 4, 4).double().requires_grad_(False)
+    sae.W_enc.copy_(axes[:4])
+    sae.W_dec.copy_(axes[:4])
+    monkeypatch.setattr(d, "extract", lambda lm, layer, ids: x)
+    data = types.SimpleNamespace(lm=None, standardiser=d.Standardiser(torch.zeros(12), torch.ones(12)), surrogate=sae)
+    found, documents = d.read_activations(d.Config(), data, torch.zeros(400, 11), torch.arange(400) // 4)
+    assert torch.allclose(found @ axes[:4].T, f) and documents.tolist() == [at // 40 for at in range(4000)]
+    left = found @ axes[4]
+    assert torch.allclose(left.sort().values, products.sort().values)
+    assert np.corrcoef(x @ axes[4], products)[0, 1] > 0.999 and abs(np.corrcoef(left, products)[0, 1]) < 0.06
 
+# --------------------------------------------------------------------------------------- claims and kl
 def rows_of(value, se=0.002, runs=3, documents=18, **more):
     """One figure of some runs, as Rows."""
     return [d.Row("1", more.get("label", "x"), more.get("kind", d.FAIR), value, se=se, documents=documents,
@@ -944,7 +940,6 @@ def test_replacements_are_the_paths_and_their_stand_ins():
     assert torch.allclose((found["full random"] - raw).norm(dim=1), (found["full"] - raw).norm(dim=1), rtol=1e-3)
 
 # ------------------------------------------------------------------------------------------------ gram
-
 @given(F=st.integers(2, 30), width=st.integers(1, 12), seed=seeds)
 def test_gram_stats_against_dense_matrices(F, width, seed):
     W = normal(F, width, seed=seed, dtype=torch.float64) + 0.3
@@ -994,7 +989,6 @@ def test_at_the_papers_size_an_untrained_nfm_gives_most_of_the_published_figures
     assert found["NFM"][0] == pytest.approx(-0.987, abs=0.01) and -0.98 < found["linear"][0] < -0.95
 
 # ----------------------------------------------------------------------------------- secondary, anova
-
 def test_two_way_anova_of_a_balanced_table_by_explicit_sums():
     rng = np.random.default_rng(0)
     y = rng.normal(size=(2, 3, 5)) + np.arange(2)[:, None, None] * np.arange(3)[None, :, None]
@@ -1106,7 +1100,6 @@ def test_a_clamp_to_once_itself_changes_nothing_and_others_are_as_by_hand(model,
     assert linear.shape == (1, expected.shape[0])
 
 # ------------------------------------------------------------------------------------------ the stages
-
 def stage(name, run, *flags):
     return d.main([name, "--run", str(run), "--device", "cpu", *map(str, flags)])
 
@@ -1131,8 +1124,8 @@ def test_the_run_holds_what_it_should(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["features"] == 48 and config["lr"] == [0.003, 0.01] and "device" not in config
     log = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
-    assert {(e["arm"], e["lr"]) for e in log} == set(itertools.product(list(d.ARMS), (0.003, 0.01)))
-    for name in list(d.ARMS):
+    assert {(e["arm"], e["lr"]) for e in log} == set(itertools.product(d.ARMS, (0.003, 0.01)))
+    for name in d.ARMS:
         own = d.load_arm(trained / f"{name}.safetensors").config
         errors = {e["lr"]: e["validation_mse"] for e in log if e["arm"] == name}
         assert own["lr"] == min(errors, key=errors.get) and own["settings"]["k"] == 6
@@ -1173,6 +1166,13 @@ def test_recon_against_a_recomputation(measured, model, text):
     assert rows["1", "sae-2dec, by arithmetic"]["value"] == pytest.approx(1 - e / (e + (1 - e) / 4))
     residual, frozen = found["arms"]["residual-sae"], found["arms"]["sequential"]
     assert rows["13", "sequential over residual-sae"]["value"] == pytest.approx(1 - frozen["mse"] / residual["mse"], rel=1e-4)
+    own, x = d.load_arm(measured / "sequential.safetensors"), own.standardiser.encode(raw)
+    linear, interaction = (own(x)[part].abs().mean().item() for part in ("linear", "interaction"))
+    assert rows["3", "share of mean absolute output, interaction, sequential"]["value"] == pytest.approx(
+        interaction / (linear + interaction), rel=1e-4)
+    own = d.load_arm(measured / "sae.safetensors")
+    error = (own.standardiser.decode(own(x)["sae"]) - raw).square().mean(0).sum() / raw.var(0).sum()
+    assert rows["4", "its fvu in raw units"]["value"] == pytest.approx(error.item(), rel=1e-4)
     joint = d.load_arm(measured / "joint.safetensors").nfm
     V, W = abs(joint.V.numpy()).mean(), abs(joint.W_lin.numpy()).mean()
     assert rows["3", "share of mean absolute weight, V in V and W_lin, joint"]["value"] == pytest.approx(V / (V + W))
@@ -1200,9 +1200,9 @@ def test_kl_of_a_run(measured, model, text):
     assert found["arms"]["sae"]["full"]["kl_over_random"] == pytest.approx(sum(kl) / sum(kl_random), rel=1e-3)
     assert found["arms"]["sae"]["full"]["kl"] == pytest.approx(np.mean(kl), rel=1e-3)
     assert found["arms"]["sae"]["full"]["ce"] == pytest.approx(np.mean(ce), rel=1e-4)
-    assert set(found["arms"]) == set(d.ARMS)
+    assert set(found["arms"]) == set(d.ARMS) - {"sae-matched-interaction", "joint-interaction", "residual-sae"}
     assert all(entry["kl"] > 0 for paths in found["arms"].values() for entry in paths.values())
-    assert found["arms"]["sequential"]["sae"]["kl"] == pytest.approx(found["arms"]["residual-sae"]["sae"]["kl"])
+    assert found["arms"]["sequential"]["sae"]["kl"] == pytest.approx(found["arms"]["sequential-linear"]["sae"]["kl"])
     rows = {(row["claim"], row["label"]): row["value"] for row in found["rows"]}
     joint = found["arms"]["joint"]
     assert rows["5", "joint over joint sae"] == pytest.approx(
@@ -1223,6 +1223,11 @@ def test_gram_and_secondary_of_a_run(measured):
     joint = d.load_arm(measured / "joint.safetensors")
     norms = joint.sae.W_dec.square().sum(1)
     assert np.allclose(gram["decoders"]["joint"]["squared_norms"], norms, rtol=1e-5)
+    rows = {row["label"]: row["value"] for row in gram["rows"] if row["claim"] == "10"}
+    for label, W in (("", joint.sae.W_dec), (", centred", joint.sae.W_dec - joint.sae.W_dec.mean(0))):
+        explained = np.linalg.svd(W.numpy())[1] ** 2
+        needed = 1 + (explained.cumsum() < 0.9 * explained.sum()).sum()
+        assert rows[f"dimensions that hold 90 %{label}, joint"] == needed / 16
     assert len(secondary["printed"]) == 2 and all(re.search(r"fvu 0\.\d+ +F 150", line) for line in secondary["printed"])
     own = d.load_arm(measured / "joint.secondary.safetensors")
     assert own.sae.k == 3 and own.sae.F == 150
@@ -1252,7 +1257,7 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
     for file in (measured / "results").glob("*.json"):
         assert f"## {measured}: {file.stem}" in text
         assert "\n".join(json.loads(file.read_text())["printed"]) in text
-    for name in ("recon", "kl"):
+    for name in ("recon", "kl", "norms"):
         assert (measured / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     other = shutil.copytree(measured, tmp_path / "other")
     d.write_json(other / "config.json", json.loads((other / "config.json").read_text()) | dict(seed=1))
@@ -1313,7 +1318,6 @@ def test_a_rate_that_is_not_finite_is_dropped_and_an_arm_without_one_is_refused(
     assert "no rate has a finite loss" in capsys.readouterr().err and not d.trained_arms(tmp_path / "b")
 
 # ------------------------------------------------------------------------- the paper's directory layout
-
 def openllama(path, lines):
     """A directory as the hub holds OpenLLaMA-3B: pytorch_model.bin, tokenizer.model and two configs."""
     import sentencepiece
@@ -1355,7 +1359,7 @@ def test_the_papers_preset_on_a_directory_as_openllamas_and_text_as_wikitexts(tm
     for name in d.MEASURING:
         assert stage(name, run) == 0, name
     assert stage_report(run) == 0 and "Stages missing: none" in (run / "report.md").read_text()
-    assert set(d.trained_arms(run)) == set(list(d.ARMS)) == set(results_of(run, "kl")["arms"])
+    assert set(d.trained_arms(run)) == set(results_of(run, "recon")["arms"]) == set(d.ARMS)
     config = json.loads((run / "config.json").read_text())
     assert config["preset"] == "paper" and config["dropout"] == 0.15 and config["at_once"] == 2
 
@@ -1459,7 +1463,7 @@ def paper_counts(count):
     x, found = (lambda rows: torch.empty(rows, 3200)), {}
     chunk = PAPER.chunk // PAPER.window
     found["pass"] = count(lambda: (openllama_3b(False), windows(chunk)), lambda lm, ids: d.extract(lm, 16, ids))
-    for name in list(d.ARMS):
+    for name in d.ARMS:
         found["train", name] = count(
             lambda name=name: (*trainers([paper_arm(name, True), paper_arm(name, True)], x(3334)),
                                openllama_3b(False), torch.empty(3, PAPER.chunk, 3200)),
@@ -1496,7 +1500,7 @@ def test_paper_size_needs_at_most_22_gb_in_any_stage(paper_counts):
     for name, own in paper_counts.items():
         print(f"{' '.join(np.atleast_1d(name)):26}{own.held / 1e9:7.2f} {own.top / 1e9:7.2f} {own.total / 1e9:7.2f}")
         assert own.total <= 22e9, name
-    trained = [paper_counts["train", name] for name in list(d.ARMS)]      # a pass may mix two arms
+    trained = [paper_counts["train", name] for name in d.ARMS]      # a pass may mix two arms
     assert max(own.held for own in trained) + max(own.top for own in trained) <= 22e9
     # the count of a known step, by hand: weights and moments twice, gradients, (B, F) matrices, language model
     joint, weights, lm = paper_counts["train", "joint"], 496.1e6, 4.42e9
@@ -1509,19 +1513,17 @@ def test_paper_size_takes_at_most_six_and_a_half_hours(paper_counts):
     tokens, steps = PAPER.tokens, PAPER.tokens // PAPER.chunk * round(PAPER.chunk / PAPER.batch)
     of_pass = seconds(paper_counts["pass"], "fp16") / PAPER.chunk                   # a token
     forwards = 0
-    for name in list(d.ARMS):
-        with torch.device("meta"):
-            parent = d.DualEncoder(d.TopKSAE(8, 8, 4))
-            model = d.make_arm(name, parent=parent, D=8, F=8, k=4, n=2, K=2, top=2)
-        forwards += 1 + 3 * len(d.path_outputs(model.to_empty(device="cpu")(torch.zeros(1, 8))))
+    spliced = [name for name in d.ARMS if not name.endswith("interaction") and name != "residual-sae"]
+    for name in spliced:
+        forwards += 1 + 3 * len(d.path_outputs(arm(name)(torch.zeros(1, 10))))
     stages = {"train, language model": (tokens + 150_000) * of_pass}               # later passes: from memory
-    for name in list(d.ARMS):
+    for name in d.ARMS:
         stages[f"train, {name}"] = len(PAPER.lr) * steps * seconds(paper_counts["train", name])
     stages["recon"] = PAPER.eval_tokens * (of_pass + sum(
-        seconds(paper_counts["recon", name]) for name in list(d.ARMS)) / 4096)
+        seconds(paper_counts["recon", name]) for name in d.ARMS) / 4096)
     stages["kl"] = PAPER.kl_tokens * sum((
         (forwards + 3) / 2 / 408 * seconds(paper_counts["kl"], "fp16"),             # two forwards are counted
-        sum(seconds(paper_counts["replace", name]) for name in list(d.ARMS)) / 4096))
+        sum(seconds(paper_counts["replace", name]) for name in spliced) / 4096))
     stages["gram"] = 2 * seconds(paper_counts["gram"])
     stages["secondary"] = (tokens + PAPER.eval_tokens) * of_pass + 2 * steps * (
         seconds(paper_counts["read"]) + seconds(paper_counts["secondary"]))
@@ -1589,7 +1591,6 @@ def test_a_language_model_in_half_precision_with_activations_up_to_60_000(dtype)
             d.estimate_standardiser(d.extract(lm, 1, ids))
 
 # ------------------------------------------------------------------------------------------- bad input
-
 def one_line(capsys):
     err = capsys.readouterr().err
     lines = [line for line in re.split(r"[\n\r]", err) if line.startswith("dualenc:")]
@@ -1599,7 +1600,7 @@ def one_line(capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--preset big", "unknown preset"), ("--k 49", "--k <= --features"), ("--n 7", "--n, --top <= --k"),
     ("--layer 9", "has blocks 0 to 2"), ("--batch 0", "--batch 0 is less"), ("--lr 0", "--lr"),
-    ("--lr 0.1 0.1", "--lr"), ("--dropout 1", "--dropout"), ("--seed -1", "--seed"), ("--window 64", "has 64 positions"),
+    ("--lr 0.1 0.1", "--lr"), ("--dropout 1", "--dropout"), ("--seed -1", "--seed"),
     ("jiont", "unknown arm"),
     ("--model /nowhere/at/all", "cannot load"), ("--text /nowhere.txt", "cannot read the text"),
     ("--device quantum", "cannot be used")])
@@ -1627,6 +1628,16 @@ def test_stages_before_their_time_and_contradictions_are_refused(trained, tmp_pa
     with pytest.raises(SystemExit) as stopped:
         stage("recon", trained, "--k", 5)
     assert stopped.value.code == 2 and "--k" in one_line(capsys)
+
+def test_children_stand_on_the_surrogates_sae_and_kl_takes_none(trained, model, text, tmp_path, capsys):
+    run, sae = tmp_path / "run", trained / "sae.safetensors"
+    flags = ["--model", model, "--text", text, "--layer", 1, *SMALL, "--surrogate", sae]
+    assert stage("train", tmp_path / "other", "joint", *flags, "--layer", 2) == 2 and "another model, text" in one_line(capsys)
+    assert stage("train", run, "sequential", "sequential-linear", *flags) == 0
+    own = d.load_arm(run / "sequential.safetensors")
+    assert torch.equal(own.sae.W_enc, d.load_arm(sae).sae.W_enc)
+    capsys.readouterr()
+    assert stage("recon", run) == 0 and stage("kl", run) == 2 and "take none" in capsys.readouterr().err
 
 def test_children_need_their_parent(model, text, tmp_path, capsys):
     assert stage("train", tmp_path / "run", "sequential", "--model", model, "--text", text, *SMALL) == 2
@@ -1692,20 +1703,10 @@ def test_data_or_settings_that_changed_between_stages_are_refused(trained, model
 def test_report_refuses_runs_that_differ_in_more_than_the_seed(measured, tmp_path, capsys):
     other = shutil.copytree(measured, tmp_path / "other")
     assert stage_report(measured, measured) == stage_report(measured, other) == 2
-    assert "must differ in their --seed alone, not in nothing" in capsys.readouterr().err
+    assert "reports are over seeds, not over copies" in capsys.readouterr().err
     config = json.loads((other / "config.json").read_text())
     d.write_json(other / "config.json", config | dict(layer=2, seed=1))
-    assert stage_report(measured, other) == 2 and "not in seed, layer" in one_line(capsys)
-
-def test_settings_may_change_until_the_first_arm_is_there(model, text, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    flags = ["--model", model, "--text", text, "--layer", 1, *SMALL]
-    monkeypatch.setattr(d, "train_arms", lambda *_: None)
-    assert stage("train", run, "sae", *flags) == 0
-    first = (run / "standardiser.safetensors").read_bytes()
-    assert stage("train", run, "sae", *flags, "--layer", 2) == 0
-    assert (run / "standardiser.safetensors").read_bytes() != first
-    assert json.loads((run / "config.json").read_text())["layer"] == 2
+    assert stage_report(measured, other) == 2 and "not over seed, layer" in one_line(capsys)
 
 def test_damaged_and_foreign_files_are_refused(trained, tmp_path, capsys):
     run = tmp_path / "run"
@@ -1749,9 +1750,6 @@ def test_memory_running_out_names_the_flags_and_a_bug_is_no_mistake_of_the_users
         d.main(["recon"])
     fail(KeyboardInterrupt())
     assert d.main(["recon"]) == 130
-    fail(RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError):
-        d.main(["recon"])
 
 def test_help_is_instant_and_names_every_setting():
     code = "import sys, dualenc; assert 'transformers' not in sys.modules and 'scipy' not in sys.modules"
@@ -1762,7 +1760,6 @@ def test_help_is_instant_and_names_every_setting():
         assert f"--{field.name.replace('_', '-')}" in text
 
 # ----------------------------------------------------------------------------------- README, shell files
-
 def test_every_python_snippet_of_the_readme_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "runs" / "laptop")
@@ -1818,7 +1815,6 @@ def test_reproduce_refuses_an_unknown_preset():
     assert found.returncode == 2 and found.stderr.count("\n") == 1
 
 # ---------------------------------------------------------------------------------- worlds with a truth
-
 def world(seed, gamma, steps, *, D=64, G=96, P=24, alone=0.04, together=0.015, noise=0.05):
     """Activations with planted interactions: x = Σ f_i d_i + gamma Σ_{planted} f_i f_j c_ij + noise.
 
@@ -1847,11 +1843,11 @@ def trained_in_world(draw, seed, steps, names, lr=5e-3):
     d.fit(models, batches, lr=[lr] * len(models), steps=steps)
     return dict(zip(names, models, strict=True)), mean, std
 
-def judged(seed, gamma, steps=2000):
-    """AUROC of planted pairs against decoys by the learned interaction, and the gains in error."""
+def judged(seed, gamma, steps=2000, others=("sae", "sae-matched")):
+    """AUROC of planted pairs against decoys by the learned interaction, and gains in error over others."""
     from scipy.optimize import linear_sum_assignment
     draw, pairs, directions = world(seed, gamma, steps)
-    models, mean, std = trained_in_world(draw, seed, steps, ("sae", "sae-matched", "joint-interaction"))
+    models, mean, std = trained_in_world(draw, seed, steps, (*others, "joint-interaction"))
     x = (draw(20_000)[0] - mean) / std
     with torch.no_grad():
         mse = {name: (sum(model(x).values()) - x).square().mean().item() for name, model in models.items()}
@@ -1868,8 +1864,7 @@ def judged(seed, gamma, steps=2000):
         strength = ((q[0] - q[1] - q[2] + q[3]) * std).norm(dim=1)
     planted, decoys = strength[:24], strength[24:]
     auroc = (planted[:, None] > decoys).double().mean().item()
-    own = mse["joint-interaction"]
-    return auroc, 1 - own / mse["sae"], 1 - own / mse["sae-matched"]
+    return auroc, *(1 - mse["joint-interaction"] / mse[name] for name in others)
 
 def nfm_over_a_second_decoder(seed, gamma, steps=2000):
     """How much less error `sequential` leaves than `sequential-linear`, on one frozen SAE."""
@@ -1886,10 +1881,9 @@ def nfm_over_a_second_decoder(seed, gamma, steps=2000):
     return 1 - own / base
 
 @pytest.mark.parametrize("kind, gamma", [("planted", 0.7), ("null", 0.0)])
-def test_world_planted_pairs_are_told_from_decoys_and_a_null_world_gains_too(kind, gamma):
-    auroc, over_sae, over_matched = judged(0, gamma, steps=1500)
-    print(f"\n{kind} world: AUROC {auroc:.2f}, joint-interaction over sae {over_sae:.1%}, over sae-matched "
-          f"{over_matched:.1%}")
+def test_world_planted_pairs_are_told_from_decoys(kind, gamma):
+    auroc, = judged(0, gamma, steps=1000, others=())
+    print(f"\n{kind} world: AUROC {auroc:.2f}")
     assert auroc >= 0.9 if gamma else 0.3 <= auroc <= 0.7
 
 @pytest.mark.skipif("WORLDS" not in os.environ, reason="minutes: three seeds, for the README")
