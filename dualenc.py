@@ -377,7 +377,7 @@ class Config:
     top: int = setting(11, "features that the frozen SAE keeps")
     dropout: float = setting(0.0, "of the products z")
     batch: int = setting(512, "B, tokens in a batch, about")
-    lr: tuple = setting((2e-3, 5e-3, 1.2e-2), "each arm keeps its best", "train secondary")
+    lr: tuple = setting((2e-3, 4e-3, 8e-3, 1.6e-2), "each arm keeps its best", "train secondary")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     surrogate: str = setting("", "arm file: what its SAE leaves comes from other documents")
     at_once: int = setting(0, "arms times rates that share a pass; 0: all", "train")
