@@ -935,7 +935,7 @@ def make_rows(sums, claim, kind, unit, names, statistic=lambda error, base: 1 - 
         def difference(*totals):
             return statistic(*totals[:len(own)]) - statistic(*totals[len(own):])
         row.control = jackknife(difference, *map(sums.get, own + others))
-    label = label and f"{label}, control"
+    label = label and f"{label}, {others[1]}"
     return [row, *make_rows(sums, claim, CONTROL, unit, control, statistic, label)]
 
 def limits(rows, level=0.95):
@@ -1522,7 +1522,8 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
         eta2 = clamp("secondary", features, directions)["eta2_ab"] if features else np.zeros(0)
         eta2 = eta2[np.isfinite(eta2)]  # ordered as F; none where nothing changes
         if len(eta2) and math.isfinite(dosed.value):
-            exact = binomtest(int((eta2 < dosed.value).sum()), len(eta2))
+            smaller = eta2 < 0.99 * dosed.value  # many switch off one unit of the ReLU: equal
+            exact = binomtest(int(smaller.sum()), len(eta2))
             rows[-1].value = exact.statistic
             rows[-1].ends = list(exact.proportion_ci())  # Clopper and Pearson (1934)
     if name == "sequential":
