@@ -87,8 +87,9 @@ class _Select(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("topk_encode has no second derivative")
         x, W_enc, indices = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -102,11 +103,13 @@ class _SparseGradient(torch.autograd.Function):
     def forward(ctx, out, W, values, indices):
         ctx.save_for_backward(values, indices)
         ctx.F = len(W)
-        return out.view_as(out)
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise RuntimeError("sparse_decode has no second derivative")
         return g, scatter_outer(*ctx.saved_tensors, g, ctx.F), None, None
 
 def topk_encode(x, W_enc, b_enc, k):
@@ -210,7 +213,7 @@ class DualEncoder(nn.Module):
     def __init__(self, sae, nfm=None, residual_sae=None):
         super().__init__()
         if nfm and nfm.n > sae.k:
-            raise ValueError(f"the NFM reads n = {nfm.n} features, the SAE keeps only k = {sae.k}")
+            raise ValueError(f"the NFM reads n = {nfm.n} features, the SAE keeps k = {sae.k}")
         self.sae, self.nfm, self.residual_sae = sae, nfm, residual_sae
 
     def forward(self, x):
@@ -304,7 +307,7 @@ def fold_linear(model):
 
 # ----------------------------------- files
 class UserError(ValueError):
-    """A mistake of the user's: main() prints it as one line and exits with status 2."""
+    """A mistake of the user's: main() prints it in one line and returns 2."""
 
 @contextlib.contextmanager
 def blame(what):
@@ -450,8 +453,8 @@ def find_blocks(lm):
 @torch.no_grad()
 def splice(lm, layer, tokens, replace):
     """Logits with the residual stream that enters block `layer` replaced.
-    tokens (W, T); replace: a function of the hidden states (W, T, D) to others of the same shape
-    and dtype -> logits (W, T, vocabulary). Needs: find_blocks."""
+    tokens (W, T), without padding; replace: a function of the hidden states (W, T, D) to others of
+    the same shape and dtype -> logits (W, T, vocabulary), without gradients. Needs: find_blocks."""
     def hook(module, args, kwargs):
         if args:
             return (replace(args[0]), *args[1:]), kwargs
@@ -658,7 +661,7 @@ def open_data(cfg, run, whole=False):
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
             save_file(standardiser.state_dict(), temporary, {"made_from": made_from})
-        share = (~standardiser.keeps(raw)).double().mean().item()  # Gemma 3 270M, layer 1: 7.9 %
+        share = (~standardiser.keeps(raw)).double().mean().item()
         advice = ", ordinary text too: try another --layer" if share > 0.01 else ""
         print(f"attention sinks left out: {share:.2%} of the tokens{advice}")
     standardiser, surrogate = Standardiser(**load_file(stored)).to(cfg.device), None
@@ -1072,7 +1075,7 @@ def run_recon(cfg, run):
     """Stage `recon`: reconstruction error of every arm; claims 1 to 4 and 13."""
     arms, data = load_trained(cfg, run, ARMS), open_data(cfg, run)
     x, documents = held_out(cfg, data, "test", cfg.eval_tokens)
-    table = [f"{len(x):,} tokens of {len(documents.unique())} test documents; seed {cfg.seed}"]
+    table = [f"{len(x):,} tokens of {len(documents.unique())} test documents"]
     results, errors, rows = {}, {}, []
     sample = x[:4096].to(cfg.device)  # windows are in random order
     for name, model in arms:
@@ -1100,7 +1103,6 @@ def run_recon(cfg, run):
         if name == "sae":
             std = model.standardiser.std  # raw, few dimensions hold most variance
             error = (std * (model.sae(sample) - sample)).square().mean(0).sum()
-            # The paper's stand-alone TopK SAE leaves .136, its joint model .162.
             rows += [Row("4", "mse of sae", PAPER, arm["mse"], "%", 0.136, "size"),
                      Row("4", "its fvu", FAIR, arm["fvu"], "%"),
                      Row("4", "its fvu in raw units", FAIR,
@@ -1120,7 +1122,7 @@ def kl_divergence(logits_p, logits_q):
     dtype = torch.promote_types(logits_p.dtype, torch.float32)
     log_p = logits_p.to(dtype).log_softmax(-1)
     log_q = logits_q.to(dtype).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -math.inf, 0).sum(-1)
 
 def with_length_of(direction, error):
     """Rows of direction (…, D), scaled to the lengths of the rows of error (…, D)."""
@@ -1328,7 +1330,7 @@ def run_gram(cfg, run):
     """Stage `gram`: geometry of the decoders of `sae` and `joint`; claims 8 to 10."""
     models = dict(load_trained(cfg, run, ("sae", "joint")))
     if len(models) < 2:
-        raise UserError(f"{run} needs both `sae` and `joint`: run the stage `train` first")
+        raise UserError(f"{run} needs `sae` and `joint`: train them first")
     sae, nfm, found = models["joint"].sae, models["joint"].nfm, {}
     D = len(sae.b_dec)
     rows = [Row("8", "squared norm at the start, D / 3F", CONTROL, D / (3 * sae.F))]
@@ -1703,8 +1705,8 @@ def run_stage(args):
     with blame(f"--device {cfg.device} cannot be used"):
         torch.empty(1, device=cfg.device)
     if cfg.preset == "paper" and cfg.device == "cpu" and not args.device:
-        raise UserError(f"preset paper needs a GPU; torch {torch.__version__} sees none: is the "
-                        "driver too old? Or give --device cpu")
+        raise UserError("preset paper needs a GPU, torch sees none: is the driver too old? Or "
+                        "give --device cpu")
     print(f"device {cfg.device}")
     if making:
         write_json(run / "config.json", asdict(cfg))
