@@ -59,19 +59,19 @@ from tqdm import tqdm
 # A token's sparse code is k values and k feature ids. By definition:
 #     encode:   values, indices = relu(x W_encᵀ + b_enc).topk(k)
 #     decode:   Σ_j values[:, j] · W[indices[:, j]]
-# One idea makes both fast: a matrix of F rows has a gradient in the rows of kept features alone.
-def gathers(W, k):
-    """Whether k rows of W (F, width) are better gathered than multiplied by a dense code.
+# One idea makes both fast: a token has a gradient in k of a matrix's F rows alone.
+def gathers(F, k, on_cpu):
+    """Whether k of a matrix's F rows are better gathered than multiplied by a dense code.
     On a CPU always; on a card (H100, measured) below k = F/65 in float32, F/500 in TF32."""
     tf32 = torch.get_float32_matmul_precision() != "highest"
-    return W.is_cpu or k * (500 if tf32 else 65) < len(W)
+    return on_cpu or k * (500 if tf32 else 65) < F
 
 def scatter_outer(values, indices, M, F, order=None):
     """Σ_b values[b, j] · M[b], added up in row indices[b, j] of zeros (F, width).
     values, indices (B, k), M (B, width); order: indices.flatten().argsort(), if known. Sorted by
     feature, the code is a sparse (CSR) matrix (F, B), to be multiplied by M. Needs: gathers."""
     ids, k = indices.flatten(), indices.shape[1]
-    if not gathers(M.new_empty(F, 0), k):
+    if not gathers(F, k, M.is_cpu):
         return values.new_zeros(len(M), F).scatter_add_(1, indices, values).T @ M
     order = ids.argsort(stable=True) if order is None else order
     starts = tnf.pad(ids.bincount(minlength=F).cumsum(0), (1, 0))
@@ -126,7 +126,7 @@ def sparse_decode(values, indices, W):
     """The sparse code times a matrix: Σ_j values[:, j] · W[indices[:, j]].
     values, indices (B, k), W (F, width) -> (B, width). Second derivatives are refused where rows
     are gathered. Needs: _SparseGradient, scatter_outer, gathers."""
-    if not gathers(W, values.shape[1]):
+    if not gathers(len(W), values.shape[1], W.is_cpu):
         return values.new_zeros(len(values), len(W)).scatter_add_(1, indices, values) @ W
     out = tnf.embedding_bag(indices, W.detach(), per_sample_weights=values, mode="sum")
     return _SparseGradient.apply(out, W, values.detach(), indices)
@@ -244,7 +244,7 @@ class Standardiser(nn.Module):
         return x * self.std + self.mean
 
     def keeps(self, raw):
-        """Which tokens are no attention sinks: raw (…, D) -> bool (…)."""
+        """Which tokens have no sink's norm: raw (…, D) -> bool (…)."""
         return raw.norm(dim=-1) <= self.largest
 
 ARMS = {  # arm: options of its NFM; None where it has none
@@ -281,7 +281,7 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
         extra = sum(p.numel() for p in other.parameters()) / (2 * D + 1)
         F = 8 * math.ceil((F + extra) / 8)  # at others a card's products are half as fast
     if name not in CHILDREN:
-        sae = TopKSAE(D, F, k)  # drawn first: one seed, one SAE in every arm
+        sae = TopKSAE(D, F, k)  # drawn first: one seed, one SAE
     elif parent is None:
         raise ValueError(f"arm {name!r} stands on a trained `sae`: train that first")
     else:
@@ -435,7 +435,7 @@ def make_config(run, flags):
     base = stored if stored.get("preset") == preset else PRESETS[preset]
     cfg = Config(**base | flags)
     for name in differing(stored, vars(cfg)) if trained_arms(run) else ():
-        raise UserError(f"{run} was made with --{name} {stored.get(name)}: choose another --run")
+        raise UserError(f"{run} was made with {name} {stored.get(name)}: choose another --run")
     return cfg
 
 # -------------------------- language model
@@ -608,7 +608,7 @@ def load_windows(source, tokenizer, split, tokens, *, window, seed, stretch=math
     if not ids:
         raise UserError(f"{source}: no document of the {split} split has {window} tokens")
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-    order = order[:math.ceil(tokens / window)]
+    order = order[:math.ceil(tokens / (window - 1 + len(bos)))]
     return torch.stack(ids)[order], torch.tensor(numbers)[order]
 
 def text_source(cfg, run):
@@ -646,16 +646,16 @@ def open_data(cfg, run, whole=False):
     lm, tokenizer = load_lm(path, cfg.device, cfg.layer, whole)
     source, stored = text_source(cfg, run), run / "standardiser.safetensors"
     windows = partial(load_windows, source, tokenizer, window=cfg.window, seed=cfg.seed,
-                      stretch=10 * (cfg.tokens + 1_000_000))  # many documents more than asked for
-    made_from, before = [fingerprint(path), fingerprint(source)], None
-    made_from = json.dumps([*made_from, cfg.layer, cfg.window, cfg.seed, cfg.tokens])
+                      stretch=10 * (cfg.tokens + 1_000_000))  # more than asked for
+    parts = *map(fingerprint, (path, source)), cfg.layer, cfg.window, cfg.seed, cfg.tokens
+    made_from, before = json.dumps(parts), None
     if stored.exists():
         with blame(f"{stored} is damaged"), safe_open(stored, "pt") as file:
             before = file.metadata()["made_from"]
     if before not in (None, made_from) and trained_arms(run):
         raise UserError(f"{run} was made from another model or text: choose another --run")
     if before != made_from:
-        with blame(f"{path} cannot read {source}"):  # as a token that no embedding has
+        with blame(f"{path} cannot read {source}"):  # a token without an embedding
             ids, _ = windows("train", 25_000)  # our choice
             raw = extract(lm, cfg.layer, ids).cpu()
         standardiser = estimate_standardiser(raw)
@@ -685,8 +685,8 @@ def tokens_of_others(documents):
 
 def read_activations(cfg, data, ids, numbers):
     """x (N, D) of windows ids (W, T) without sinks; each token's document (N,), of numbers (W,).
-    A surrogate is x_hat + another document's error: what lies beyond the SAE is independent of its
-    code, so nothing can be integrated."""
+    A surrogate is x_hat + another document's error: independent of the features of x, if not quite
+    of those then found, so that nothing can be integrated."""
     raw = extract(data.lm, cfg.layer, ids)
     keeps = data.standardiser.keeps(raw)
     x = data.standardiser.encode(raw[keeps])
@@ -825,7 +825,7 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8, seed=0):
         for model, optimizer, rate, history in zip(models, optimizers, lr, losses, strict=True):
             optimizer.param_groups[0]["lr"] = rate * fall
             with torch.random.fork_rng([x.device] if x.is_cuda else []):
-                torch.manual_seed(seed + step)  # dropout in an arm depends on no other arm
+                torch.manual_seed(seed + step)  # dropout depends on no other arm
                 history.append(training_step(model, optimizer, x))
     return [torch.stack(history).float().cpu() for history in losses]
 
@@ -845,7 +845,7 @@ def train_arms(cfg, files, make, batches, validation, standardiser, at_once=0, r
             entry = dict(arm=name, lr=rate, validation_mse=mse, losses=history.tolist())
             with open(files[name].with_name("train.jsonl"), "a") as log:
                 print(json.dumps(entry), file=log)
-            if mse < best.get(name, (math.inf, 0, None))[0]:  # never, if it is nan
+            if mse < best.get(name, (math.inf,))[0]:  # never, if it is nan
                 best[name] = mse, rate, model.cpu()
             if len(errors[name]) == len(cfg.lr):
                 if name not in best:
@@ -887,7 +887,6 @@ def run_train(cfg, run, arms):
         train_arms(cfg, files, make, batches, validation, data.standardiser, cfg.at_once)
 
 # ---------------------------------- claims
-# Where rows that decide differ, the worst answer counts.
 CLAIMS = {  # what the paper says
     "1": "joint training cuts the reconstruction error",
     "1b": "(ours) the nonlinear path alone cuts it",
@@ -976,36 +975,40 @@ def reproduced_by(rows):
 
 def survives_by(rows, figures):
     """Whether a claim of so many figures survives one, Rows of a run each."""
-    found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / figures), rows[0].margin
+    found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / (figures or 1)), rows[0].margin
     if margin is None or found is None:
         return "–" if margin is None else "undecided"
     return "yes" if found[1] > margin else "no" if strict[2] < margin else "undecided"
 
 def answers_of(rows):
-    """{claim: {reproduced, survives}}; "–" where nothing decides."""
-    figures, answers = {}, {}
+    """{claim: {reproduced, survives}}, by its worst figures; "–" where none decides."""
+    figures, answers = {claim: {} for claim in CLAIMS}, {}
     for row in rows:
-        figures.setdefault(row.claim, {}).setdefault((row.kind, row.label), []).append(row)
-    for claim, groups in figures.items():
+        figures[row.claim].setdefault((row.kind, row.label), []).append(row)
+    for claim in filter(figures.get, CLAIMS):
+        groups = figures[claim]
         deciding = sum(group[0].margin is not None for group in groups.values())
-        lasting = (survives_by(group, max(1, deciding)) for group in groups.values())
+        lasting = (survives_by(group, deciding) for group in groups.values())
         answers[claim] = dict(reproduced=min(map(reproduced_by, groups.values()), key=severity),
                               survives=min(lasting, key=severity))
     return answers
 
-def figure_text(rows, value=None):
-    """A figure, Rows of a run each, or a value in its unit: "12.3 % less error [11.0, 13.6]"."""
+def figure_text(rows):
+    """A figure, Rows of a run each: "12.3 % less error [11.0, 13.6]"."""
     values = [row.value for row in rows if row.value is not None]
-    if value is None and not values:
-        return "not measured"
-    mean, *ends = limits(rows) or (np.mean(values), 0, 0) if value is None else (value, 0, 0)
+    if not values:
+        return "no figure"
+    mean, *ends = limits(rows) or (np.mean(values), 0, 0)
     unit = rows[0].unit
     scale, form, words = (100, "{:.1f}", f" {unit}") if unit else (1, "{:.3g}", "")
     if unit in ("error", "KL"):
         words = f" % {'less' if mean >= 0 else 'more'} {unit}"
         scale = math.copysign(scale, mean)
     shown = ", ".join(form.format(end) for end in sorted(scale * end for end in ends))
-    return form.format(scale * mean) + words + (f" [{shown}]" if ends[1] > ends[0] else "")
+    text = form.format(scale * mean) + words + (f" [{shown}]" if ends[1] > ends[0] else "")
+    if rows[0].paper is not None:
+        text += "; paper: " + figure_text([Row("", "", "", rows[0].paper, unit)])
+    return text
 
 def line_of(name, figures):
     """A line of a stage's table: a name, and those figures that are numbers."""
@@ -1020,10 +1023,9 @@ def save_results(run, stage, rows, table=(), **more):
     for claim, answer in answers.items():
         lines += ["", f"claim {claim}: {CLAIMS[claim]}: reproduced? {answer['reproduced']}; "
                       f"survives? {answer['survives']}"]
-        for row in (row for row in rows if row.claim == claim):
-            paper = "" if row.paper is None else f"; paper: {figure_text([row], row.paper)}"
+        for row in [row for row in rows if row.claim == claim]:
             note = f" ({row.note})" if row.note else ""
-            lines += [f"  {row.kind:15}  {row.label}: {figure_text([row])}{note}{paper}"]
+            lines += [f"  {row.kind:15}  {row.label}: {figure_text([row])}{note}"]
     more |= dict(rows=list(map(asdict, rows)), answers=answers, printed=lines)
     write_json(run / "results" / f"{stage}.json", more)  # first: a console may refuse a letter
     print(*lines, sep="\n")
@@ -1042,7 +1044,7 @@ def load_trained(cfg, run, names):
     def check(name):
         model = load_arm(run / f"{name}.safetensors")
         for changed in differing(model.config["settings"], asdict(cfg)):
-            raise UserError(f"{name} was trained with another --{changed}: delete it")
+            raise UserError(f"{name} was trained with another {changed}: delete it")
         if not torch.equal(model.standardiser.mean, mean):
             raise UserError(f"{name} was trained on another model or text: delete it")
         return name, model
@@ -1077,7 +1079,7 @@ def run_recon(cfg, run):
     x, documents = held_out(cfg, data, "test", cfg.eval_tokens)
     table = [f"{len(x):,} tokens of {len(documents.unique())} test documents"]
     results, errors, rows = {}, {}, []
-    sample = x[:4096].to(cfg.device)  # windows are in random order
+    sample = x[:4096].to(cfg.device)  # in random order
     for name, model in arms:
         found, rates = evaluate(model.to(cfg.device), x, documents), firing_rates(model.sae, x)
         for path, sse in found["sse"].items():
@@ -1291,7 +1293,7 @@ def norm_shares(dec, lin, V):
     total, above, found = dec + lin + V, dec ** 2 > 0.2, {}
     for name, part in (("NFM", lin + V), ("linear", lin), ("interaction", V), ("SAE", dec)):
         share = part / total
-        r, by_ranks = pearsonr(dec ** 2, share).statistic, spearmanr(dec ** 2, share).statistic
+        r, by_ranks = (test(dec ** 2, share).statistic for test in (pearsonr, spearmanr))
         means = [share[side].mean() if side.any() else None for side in (above, ~above)]
         found[name] = r, by_ranks, *means
     return found
@@ -1524,7 +1526,7 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
         eta2 = clamp("secondary", features, directions)["eta2_ab"] if features else np.zeros(0)
         eta2 = eta2[np.isfinite(eta2)]  # ordered as F; none where nothing changes
         if len(eta2) and math.isfinite(dosed.value):
-            smaller = eta2 < 0.99 * dosed.value  # many switch off one unit of the ReLU: equal
+            smaller = eta2 < 0.99 * dosed.value  # many switch off one ReLU unit: ties
             exact = binomtest(int(smaller.sum()), len(eta2))
             rows[-1].value = exact.statistic
             rows[-1].ends = list(exact.proportion_ci())  # Clopper and Pearson (1934)
@@ -1582,7 +1584,7 @@ LEGEND = """**control**: the paper's metric where nothing can be integrated; **f
 baseline trained as well, or chance. "joint over sae": the error of `joint` against that of `sae`;
 "joint sae": its SAE path alone; "random", "shuffled": errors of equal length, isotropic or another
 document's. *reproduced?* judges the paper's metric, *survives?* the fair comparison. [ ]: 95 %
-intervals over documents{}."""
+intervals over documents{} (η²: 90 %)."""
 
 def draw(path, plot, *data):
     """Write a figure that plot(axes, *data) draws."""
@@ -1616,8 +1618,9 @@ def cell_of(rows, claim, kind):
     for row in rows:
         if (row.claim, row.kind) == (claim, kind):
             figures.setdefault(row.label, []).append(row)
+    deciding = sum(figure[0].margin is not None for figure in figures.values())
     worst = min(figures.values(), default=None, key=lambda figure: min(
-        severity(reproduced_by(figure)), severity(survives_by(figure, len(figures)))))
+        severity(reproduced_by(figure)), severity(survives_by(figure, deciding))))
     return f"{worst[0].label}: {figure_text(worst)}" if worst else "–"
 
 def run_report(runs):
@@ -1663,7 +1666,7 @@ def run_report(runs):
         for stage in results:
             lines += ["", f"## {run}: {stage}", "```", *results[stage]["printed"], "```"]
     with replacing(runs[0] / "report.md") as temporary:
-        temporary.write_text("\n".join([*lines, ""]))
+        temporary.write_text("\n".join([*lines, ""]), "utf-8")
     print(f"{status} Report: {runs[0] / 'report.md'}")
 
 # ---------------------------- command line
@@ -1681,7 +1684,7 @@ def build_parser():
     for stage, function in STAGES.items():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, allow_abbrev=False)
-        sub.add_argument("--run", help="directory (default: runs/PRESET)",
+        sub.add_argument("--run", help="directory (default: runs/laptop, runs/PRESET)",
                          action="append" if stage == "report" else "store")
         sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
@@ -1705,8 +1708,8 @@ def run_stage(args):
     with blame(f"--device {cfg.device} cannot be used"):
         torch.empty(1, device=cfg.device)
     if cfg.preset == "paper" and cfg.device == "cpu" and not args.device:
-        raise UserError("preset paper needs a GPU, torch sees none: is the driver too old? Or "
-                        "give --device cpu")
+        raise UserError(f"preset paper needs a GPU; torch {torch.__version__} sees none: is the "
+                        "driver old? Or --device cpu")
     print(f"device {cfg.device}")
     if making:
         write_json(run / "config.json", asdict(cfg))

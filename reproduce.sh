@@ -18,7 +18,7 @@ fi
 [ "$preset" = test ] && exec .venv/bin/python -m pytest -q test_dualenc.py
 
 # glibc then keeps the memory of large gradients, instead of asking for it anew in each step.
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 PYTHONUNBUFFERED=1
 run=runs/$preset status=0
 if [ "$seed" != 0 ]; then                                                 # another seed, the same language model
   mkdir -p "$run-$seed"
@@ -31,7 +31,7 @@ device=(); [ -z "${3:-}" ] || device=(--device "$3")
 stage() {                                                                 # STAGE [FLAGS …]
   [ -e "$run/results/$1.json" ] && return
   echo "== $1"
-  .venv/bin/python dualenc.py "$1" --run "$run" "${@:2}" || status=1
+  .venv/bin/python dualenc.py "$1" --run "$run" "${@:2}" || { [ $? = 130 ] && exit 130; status=1; }   # 130: stopped
 }
 for name in lm train; do stage "$name" --preset "$preset" --seed "$seed" "${device[@]}"; done
 for name in recon kl gram secondary anova; do stage "$name" "${device[@]}"; done
