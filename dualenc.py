@@ -683,8 +683,8 @@ def tokens_of_others(documents):
 
 def read_activations(cfg, data, ids, numbers):
     """x (N, D) of windows ids (W, T) without sinks; each token's document (N,), of numbers (W,).
-    A surrogate is x_hat + another document's error: independent of the features of x, if not quite
-    of those then found, so that nothing can be integrated."""
+    A surrogate is x_hat + another document's error. That is independent of the features of x (those
+    found in the sum differ a little): there is nothing to integrate."""
     raw = extract(data.lm, cfg.layer, ids)
     keeps = data.standardiser.keeps(raw)
     x = data.standardiser.encode(raw[keeps])
@@ -1341,7 +1341,7 @@ def run_gram(cfg, run):
         squared = stats.pop("squared_norms").cpu().numpy()
         modes = find_modes(squared)
         found[name] = stats | dict(modes=modes, squared_norms=squared.tolist())
-        paper = 1 + (name == "joint")
+        paper = 2 if name == "joint" else 1
         rows += [Row("8", f"modes, {name}", PAPER, len(modes), "", paper, "modes"),
                  *(Row("8", f"mode {at}, {name}", PAPER, mode) for at, mode in enumerate(modes, 1))]
         needed = stats["components_90"] / most
@@ -1683,7 +1683,7 @@ def build_parser():
     for stage, function in STAGES.items():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, allow_abbrev=False)
-        sub.add_argument("--run", help="directory (default: runs/laptop, runs/PRESET)",
+        sub.add_argument("--run", help="directory (default: runs/laptop or --preset's)",
                          action="append" if stage == "report" else "store")
         sub.add_argument("--device", help="cpu or cuda[:N] (default: cuda where there is one)")
         if stage == "train":
