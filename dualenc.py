@@ -684,7 +684,7 @@ def tokens_of_others(documents):
 def read_activations(cfg, data, ids, numbers):
     """x (N, D) of windows ids (W, T) without sinks; each token's document (N,), of numbers (W,).
     A surrogate is x_hat + another document's error. That is independent of the features of x (those
-    found in the sum differ a little): there is nothing to integrate."""
+    found in the sum differ a bit): nothing to integrate."""
     raw = extract(data.lm, cfg.layer, ids)
     keeps = data.standardiser.keeps(raw)
     x = data.standardiser.encode(raw[keeps])
