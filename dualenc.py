@@ -9,16 +9,15 @@ by 52 %. Here each number stands beside the same metric where nothing can be int
 control), and beside a fair comparison.
     ./reproduce.sh       everything, on SmolLM2-135M; stages by hand:
     python dualenc.py train --run runs/mine --model PATH_OR_HUB_ID --layer 3 --text mine.txt
-    python dualenc.py recon --run runs/mine           then kl, gram, secondary, anova, report
+    python dualenc.py recon --run runs/mine    then kl, gram, secondary, anova, report
 
-What the paper does         claims    arms                            here
-TopK SAE                    4         sae                             topk_encode, TopKSAE
-NFM on the SAE's residual   2, 13     sequential, residual-sae        fm_interaction, NFM
-joint training              1, 3      joint, sae-2dec, sae-matched    make_arm, fit, run_recon
-KL of spliced output        5, 6, 7   joint, sequential, sae-2dec     splice, run_kl
-norms, rank of the decoder  8 to 10   joint, sae                      gram_stats, run_gram
-secondary SAE, clamping     11        sequential, joint               two_way_anova, run_anova
-Its code: github, omarclaflin/LLM_Intrepretability_Integration_Features_v2 (spelled so).
+What the paper does         claims   arms                          here
+TopK SAE                    4        sae                           topk_encode, TopKSAE
+NFM on the SAE's residual   2, 13    sequential, residual-sae      fm_interaction, NFM
+joint training              1, 3     joint, sae-2dec, sae-matched  make_arm, fit, run_recon
+KL of spliced output        5, 6, 7  joint, sequential, sae-2dec   splice, run_kl
+norms, rank of the decoder  8 to 10  joint, sae                    gram_stats, run_gram
+secondary SAE, clamping     11, 12   sequential, joint             two_way_anova, run_anova
 
 Letters in shapes: B tokens in a batch; N held-out tokens; W windows of T tokens; D width of the
 residual stream; F features of the SAE; k features kept per token; n how many of the k the NFM
@@ -542,11 +541,9 @@ def text_rows(source):
     """Rows of a .txt or .jsonl file, or of a hub data set HUB_ID:CONFIG: an iterator."""
     suffix = Path(source).suffix
     with blame(f"cannot read the text {source}"):
-        if suffix in (".txt", ".jsonl"):
+        if suffix in (".txt", ".jsonl") or Path(source).exists():
             rows = open(source, encoding="utf-8-sig")
             rows = filter(str.strip, rows) if suffix == ".jsonl" else rows
-        elif Path(source).exists():
-            raise ValueError("give a .txt or .jsonl file, or HUB_ID:CONFIG")
         else:
             import datasets
             rows = datasets.load_dataset(*source.split(":", 1), split="train", streaming=True)
@@ -659,9 +656,7 @@ def open_data(cfg, run, whole=False):
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
             save_file(standardiser.state_dict(), temporary, {"made_from": made_from})
-        share = (~standardiser.keeps(raw)).double().mean().item()
-        advice = ", ordinary text too: try another --layer" if share > 0.01 else ""
-        print(f"attention sinks left out: {share:.2%} of the tokens{advice}")
+        print(f"attention sinks left out: {1 - standardiser.keeps(raw).double().mean():.2%}")
     standardiser, surrogate = Standardiser(**load_file(stored)).to(cfg.device), None
     if cfg.surrogate:
         arm = load_arm(cfg.surrogate).to(cfg.device)
@@ -857,7 +852,7 @@ def train_arms(cfg, files, make, batches, validation, standardiser, at_once=0, r
                 print(f"{name:23} validation mse by rate: {shown}")
 
 def run_train(cfg, run, arms):
-    """Stage `train`: train missing arms at every learning rate; old results go."""
+    """Stage `train`: train missing arms at every rate; old results go."""
     for name in set(arms) - set(ARMS):
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     there = trained_arms(run)
@@ -899,6 +894,7 @@ CLAIMS = {  # what the paper says
     "9": "norm and the NFM's share correlate",
     "10": "both decoders need most of their dimensions",
     "11": "two factors interact under a clamp",
+    "12": "secondary features contribute nothing, or much",
     "13": "a second SAE adds nothing over the NFM"}
 MEASURING = ("recon", "kl", "gram", "secondary", "anova")
 PAPER, CONTROL, FAIR = "paper's metric", "control", "fair comparison"
@@ -1074,7 +1070,7 @@ def run_recon(cfg, run):
     x, documents = held_out(cfg, data, "test", cfg.eval_tokens)
     table = [f"{len(x):,} tokens of {len(documents.unique())} test documents"]
     results, errors, rows = {}, {}, []
-    sample = x[:4096].to(cfg.device)  # in random order
+    sample = x[:4096].to(cfg.device)
     for name, model in arms:
         found, rates = evaluate(model.to(cfg.device), x, documents), firing_rates(model.sae, x)
         for path, sse in found["sse"].items():
@@ -1157,8 +1153,8 @@ def low_rank_part(nfm, x_lin, rank):
     return (x_lin - nfm.b_lin) @ first @ first.T + nfm.b_lin
 
 def replacements(model, raw, other, generator, rank=0):
-    """For raw (N, D): {path: x_hat; "PATH random", "PATH shuffled": errors of equal length,
-    isotropic, of tokens other (N,)}; with a rank also "sae+low-rank"."""
+    """For raw (N, D): {path: x_hat}, with a rank also "sae+low-rank"; of "sae", "full" also "PATH
+    random", "PATH shuffled": errors of equal length, isotropic, of tokens other (N,)."""
     batches, replaced = {}, {}
     for batch in raw.split(4096):
         parts = model(model.standardiser.encode(batch.to(model.sae.W_dec.device)))
@@ -1168,10 +1164,11 @@ def replacements(model, raw, other, generator, rank=0):
         for path, x_hat in paths.items():
             batches.setdefault(path, []).append(model.standardiser.decode(x_hat).to(raw.device))
     for path, rows in batches.items():
-        x_hat = torch.cat(rows)
-        error = x_hat - raw
-        replaced |= {path: x_hat, f"{path} random": epsilon_random(raw, x_hat, generator),
-                     f"{path} shuffled": raw + with_length_of(error[other], error)}
+        x_hat = replaced[path] = torch.cat(rows)
+        if "+" not in path:
+            error = x_hat - raw
+            replaced |= {f"{path} random": epsilon_random(raw, x_hat, generator),
+                         f"{path} shuffled": raw + with_length_of(error[other], error)}
     return replaced
 
 def kl_rows(kl):
@@ -1240,9 +1237,9 @@ def run_kl(cfg, run):
             kl[f"{name} {path}".replace(" full", "")] = np.bincount(documents, by_token)
             if " " not in path:
                 arm[path] = dict(
-                    kl=mean[path], ce=ce, kl_over_random=mean[path] / mean[f"{path} random"],
-                    kl_over_shuffled=mean[path] / mean[f"{path} shuffled"],
-                    ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
+                    kl=mean[path], ce=ce, ce_recovered=(mean_ce - ce) / (mean_ce - clean_ce))
+                for error in ("random", "shuffled") if "+" not in path else ():
+                    arm[path][f"kl_over_{error}"] = mean[path] / mean[f"{path} {error}"]
                 table += [line_of(f"{name} {path}", arm[path])]
         if name in ("joint", "sae"):
             rows += [Row("5", f"cross-entropy recovered, {name}", FAIR,
@@ -1378,18 +1375,15 @@ def run_secondary(cfg, run):
     arms, data = load_trained(cfg, run, ("sequential", "joint")), open_data(cfg, run)
     stream, table = ActivationBatches(cfg, data), []
     validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)
-    x, documents = held_out(cfg, data, "test", cfg.eval_tokens)
     for name, model in arms:
-        path, model = run / f"{name}.secondary.safetensors", model.to(cfg.device)
+        path = run / f"{name}.secondary.safetensors"
         if not path.exists():
-            train_secondary(cfg, path, model, stream, validation)
-        secondary = load_arm(path)
-        m = secondary.standardiser.encode(in_batches(partial(read_m, model), x, cfg.device))
-        fvu = evaluate(secondary.to(cfg.device), m, documents)["fvu"]["full"]
-        table += [line_of(f"secondary SAE of {name}", dict(fvu=fvu, F=secondary.sae.F))]
+            train_secondary(cfg, path, model.to(cfg.device), stream, validation)
+        mse = min(load_arm(path).config["validation_mse"].values())  # of m
+        table += [line_of(f"secondary SAE of {name}", dict(validation_mse=mse))]
     save_results(run, "secondary", [], table)
 
-# ------------------------ anova: claim 11
+# ------------------- anova: claims 11, 12
 # Clamp a secondary feature: do two factors interact in the next word? Any vector moves lists of
 # words non-additively: hence other features and random directions.
 def two_way_anova(y, a, b):
@@ -1475,7 +1469,8 @@ def clamp_effects(lm, layer, model, prompts, target, features, directions, dose=
 
 def choose_features(texts, labels, prompts):
     """Features active in a prompt: of the largest one-way F over the four cells (the published
-    26.72, p 2.9e-9, fits df 3, 36), of the largest variance, all others; two primary ones."""
+    26.72, p 2.9e-9, fits df 3, 36), of the largest variance, all others; a primary one a factor;
+    mean activity (25K,) in texts where the first of these fires alone."""
     from scipy.stats import f_oneway
     def means(read, target):
         return np.stack([text.codes[target].mean(0).cpu().numpy() for text in read])
@@ -1485,18 +1480,23 @@ def choose_features(texts, labels, prompts):
         return int(np.where(active, np.nan_to_num(score), -1).argmax())
     activity, cell = means(texts, "secondary"), 2 * labels[0] + labels[1]
     cells = [activity[cell == which] for which in range(4)]
+    others, linear = np.flatnonzero(means(prompts, "secondary").any(0)), means(texts, "linear")
+    factors = two_way_anova(linear, *labels)
+    primary = [best("linear", factors[key]) for key in ("F_a", "F_b")]
+    first, second = linear[:, primary].T > 0
     with warnings.catch_warnings(action="ignore"):  # a constant feature has no F
         secondary = best("secondary", f_oneway(*cells).statistic)
-    others = np.flatnonzero(means(prompts, "secondary").any(0))
-    factors = two_way_anova(means(texts, "linear"), *labels)
+        alone = activity[first & ~second].mean(0)  # nan, if there is no such text
     return (secondary, best("secondary", np.var([c.mean(0) for c in cells], 0)),
-            others[others != secondary], [best("linear", factors[key]) for key in ("F_a", "F_b")])
+            others[others != secondary], primary, alone)
 
 def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
-    """Rows of claim 11 of an arm; those of `sequential` decide, as in the paper."""
+    """Rows of claims 11, 12 of an arm; those of `sequential` decide, as in the paper."""
     from scipy.stats import binomtest
-    feature, by_variance, others, primary = chosen
-    (tokens, cells), rows = words, []
+    feature, by_variance, others, primary, alone = chosen
+    (tokens, cells), active = words, np.sign(alone)
+    note = f"others' mean {alone.sum() / active.sum():.3g}, largest {alone.max():.3g}"
+    rows = [Row("12", f"features at 0, {name}", PAPER, 1 - active.mean(), "%", note=note)]
     vectors = dict(linear=model.nfm.W_lin,
                    secondary=secondary.sae.W_dec * secondary.standardiser.std)
     def clamp(target, features, directions, dose=-4):
@@ -1679,7 +1679,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser():
     """The command line: a subcommand a stage, flags from Config."""
     parser = _Parser(prog="dualenc.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    stages = parser.add_subparsers(dest="stage", required=True)
     for stage, function in STAGES.items():
         summary = function.__doc__.split(": ", 1)[1].split("\n")[0]
         sub = stages.add_parser(stage, help=summary, allow_abbrev=False)
