@@ -1152,9 +1152,10 @@ def low_rank_part(nfm, x_lin, rank):
     first = torch.linalg.eigh(nfm.W_lin.T @ nfm.W_lin).eigenvectors[:, -rank:]  # ascending
     return (x_lin - nfm.b_lin) @ first @ first.T + nfm.b_lin
 
-def replacements(model, raw, other, generator, rank=0):
+def replacements(model, raw, other, seed, rank=0):
     """For raw (N, D): {path: x_hat}, with a rank also "sae+low-rank"; of "sae", "full" also "PATH
-    random", "PATH shuffled": errors of equal length, isotropic, of tokens other (N,)."""
+    random", "PATH shuffled": errors of equal length, isotropic (the same for all paths and arms),
+    of tokens other (N,)."""
     batches, replaced = {}, {}
     for batch in raw.split(4096):
         parts = model(model.standardiser.encode(batch.to(model.sae.W_dec.device)))
@@ -1166,7 +1167,7 @@ def replacements(model, raw, other, generator, rank=0):
     for path, rows in batches.items():
         x_hat = replaced[path] = torch.cat(rows)
         if "+" not in path:
-            error = x_hat - raw
+            error, generator = x_hat - raw, torch.Generator().manual_seed(seed)
             replaced |= {f"{path} random": epsilon_random(raw, x_hat, generator),
                          f"{path} shuffled": raw + with_length_of(error[other], error)}
     return replaced
@@ -1228,9 +1229,8 @@ def run_kl(cfg, run):
         weights = components(make_arm("joint", **cfg.sizes(raw.shape[1])))
     as_many = round(weights["nonlinear"] / (cfg.features + raw.shape[1]))
     for name, model in arms:
-        generator = torch.Generator().manual_seed(cfg.seed)  # the same for all arms
         rank = as_many if name == "sae-2dec" else 0
-        found = losses(replacements(model.to(cfg.device), raw, other, generator, rank))
+        found = losses(replacements(model.to(cfg.device), raw, other, cfg.seed, rank))
         mean = {path: by_token.mean().item() for path, (by_token, _) in found.items()}
         arm = results[name] = {}
         for path, (by_token, ce) in found.items():

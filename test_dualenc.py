@@ -935,16 +935,16 @@ def test_replacements_are_the_paths_and_their_stand_ins():
     model, raw = arm("joint"), normal(40, 10) * 3 + 1
     model.standardiser = d.Standardiser(raw.mean(0), raw.std(0))
     other = torch.arange(40).roll(7)
-    found = d.replacements(model, raw, other, torch.Generator().manual_seed(0))
-    x = model.standardiser.encode(raw)
-    parts = model(x)
+    found = d.replacements(model, raw, other, 0)
+    parts = model(model.standardiser.encode(raw))
     x_hat = model.standardiser.decode(parts["sae"] + parts["interaction"])
     assert torch.allclose(found["sae+interaction"], x_hat, atol=1e-4)
     error = found["full"] - raw
     shuffled = found["full shuffled"] - raw
     assert torch.allclose(shuffled.norm(dim=1), error.norm(dim=1), rtol=1e-3)
     assert torch.allclose(torch.nn.functional.cosine_similarity(shuffled, error[other]), torch.ones(40), atol=1e-3)
-    assert torch.allclose((found["full random"] - raw).norm(dim=1), (found["full"] - raw).norm(dim=1), rtol=1e-3)
+    one, two = ((found[f"{path} random"] - raw) / (found[path] - raw).norm(dim=1, keepdim=True) for path in ("sae", "full"))
+    assert torch.allclose(one.norm(dim=1), torch.ones(40), rtol=1e-3) and torch.allclose(one, two, atol=1e-3)
 
 # ------------------------------------------------------------------------------------------------ gram
 @given(F=st.integers(2, 30), width=st.integers(1, 12), seed=seeds)
@@ -1499,7 +1499,7 @@ def paper_counts(count):
             lambda lm, model, x: (d.evaluate(model, x, np.zeros(4096, int)), d.firing_rates(model.sae, x)))
         found["replace", name] = count(
             lambda name=name: (openllama_3b(True), paper_arm(name), x(4096), torch.zeros(4096, dtype=torch.long)),
-            lambda lm, model, raw, other: d.replacements(model, raw, other, None))
+            lambda lm, model, raw, other: d.replacements(model, raw, other, 0))
     found["kl"] = count(
         lambda: (openllama_3b(True), paper_arm("joint"), windows(8), windows(8) == 0, {"full": x(408)}),
         lambda lm, model, ids, keeps, rows: d.splice_losses(lm, 16, ids, keeps, rows))
