@@ -564,7 +564,7 @@ def read_documents(source):
     filled = "\n".join(map(str.strip, first)).strip().split("\n")
     gap = separator if separator in filled else ""  # the row between documents, if there is one
     titled = not gap and any(map(is_title, ["", *first], first, [*first[1:], ""]))
-    gaps = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # our choice
+    gaps = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # ours
     lines, before = [], ""
     for row, after in itertools.pairwise(itertools.chain(first, rows, [""])):
         starts = is_title(before, row, after) if titled else not gaps or row.strip() == gap
@@ -627,7 +627,7 @@ def estimate_standardiser(raw):
     """The Standardiser of raw (N, D), without sinks; constant dimensions get std 1."""
     if not raw.isfinite().all():
         raise ValueError("the model's activations are not finite")
-    largest = 10 * raw.norm(dim=1).median()  # our choice
+    largest = 10 * raw.norm(dim=1).median()  # ours
     kept = raw[raw.norm(dim=1) <= largest].double()
     variance, mean = torch.var_mean(kept, dim=0, correction=0)
     std = variance.sqrt().masked_fill(variance <= 1e-12 * kept.square().mean(0), 1.0)
@@ -651,7 +651,7 @@ def open_data(cfg, run, whole=False):
         raise UserError(f"{run} was made from another model or text: choose another --run")
     if before != made_from:
         with blame(f"{path} cannot read {source}"):  # a token without an embedding
-            ids, _ = windows("train", 25_000)  # our choice
+            ids, _ = windows("train", 25_000)  # ours
             raw = extract(lm, cfg.layer, ids).cpu()
         standardiser = estimate_standardiser(raw)
         with replacing(stored) as temporary:
@@ -866,7 +866,7 @@ def run_train(cfg, run, arms):
             raise UserError(f"{name} stands on an `sae` that is gone: delete it too")
     data = open_data(cfg, run)
     batches = ActivationBatches(cfg, data)
-    validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)  # our choice
+    validation = held_out(cfg, data, "validation", cfg.eval_tokens // 4 + 1)  # ours
     def make(name):
         sae = cfg.surrogate or run / "sae.safetensors"
         parent = load_arm(sae) if name in CHILDREN else None
@@ -894,7 +894,7 @@ CLAIMS = {  # what the paper says
     "9": "norm and the NFM's share correlate",
     "10": "both decoders need most of their dimensions",
     "11": "two factors interact under a clamp",
-    "12": "secondary features contribute nothing, or much",
+    "12": "secondary features do nothing, or much",
     "13": "a second SAE adds nothing over the NFM"}
 MEASURING = ("recon", "kl", "gram", "secondary", "anova")
 PAPER, CONTROL, FAIR = "paper's metric", "control", "fair comparison"
@@ -1198,8 +1198,8 @@ def kl_rows(kl):
         *rows("6a", FAIR, more, "sae / sae shuffled", excess, margin=0.0),
         # 2.99 times falls to 2.1 over one denominator: that is the KL cut again.
         *rows("6b", PAPER, "KL", "sequential / sequential sae", paper=0.298, control=refitted),
-        *rows("6b", FAIR, "%", "joint / joint random // sae / sae random", milder, margin=0.0),
-        *rows("6b", FAIR, "%", "sequential / sequential random // sequential-linear / "
+        *rows("6b", FAIR, "% less", "joint / joint random // sae / sae random", milder, margin=0.0),
+        *rows("6b", FAIR, "% less", "sequential / sequential random // sequential-linear / "
               "sequential-linear random", milder, margin=0.0),
         *rows("7", PAPER, "%", "joint sae / joint sae+interaction / joint",
               lambda own_path, with_part, full: (own_path - with_part) / (own_path - full),
@@ -1274,7 +1274,7 @@ def find_modes(squared_norms):
     logs = np.log10(squared_norms)
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
     density = stats.gaussian_kde(logs)(grid)
-    peaks, _ = signal.find_peaks(density, prominence=density.max() / 20)  # our choice
+    peaks, _ = signal.find_peaks(density, prominence=density.max() / 20)  # ours
     return (10 ** grid[peaks]).tolist()
 
 def norm_shares(dec, lin, V):
@@ -1317,7 +1317,7 @@ def share_rows(dec, lin, V, lin_start, V_start, seed):
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(len(dec)) for _ in range(200)]
     shuffled = [norm_shares(dec, lin[order], V[order])["NFM"][0] for order in orders]
-    return rows + [Row("9", "by how much r is below 97.5 % of those with norms shuffled", FAIR,
+    return rows + [Row("9", "2.5 % quantile of r with norms shuffled, less r", FAIR,
                        np.percentile(shuffled, 2.5) - r, margin=0.0)]
 
 def run_gram(cfg, run):
@@ -1331,7 +1331,7 @@ def run_gram(cfg, run):
     start = make_arm("joint", **models["joint"].config["sizes"]).requires_grad_(False)
     most = min(D, 1000)  # 860 of 1,000 in the paper
     untrained = gram_stats(start.sae.W_dec.to(cfg.device))["components_90"] / most
-    rows = [Row("8", "squared norm at the start, D / 3F", CONTROL, D / (3 * sae.F)),
+    rows = [Row("8", "squared norm at the start", CONTROL, D / (3 * sae.F)),
             Row("10", "the same at the start", CONTROL, untrained, "%")]
     for name, model in models.items():
         stats = gram_stats(model.sae.W_dec.to(cfg.device))
@@ -1496,7 +1496,7 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
     feature, by_variance, others, primary, alone = chosen
     (tokens, cells), active = words, np.sign(alone)
     note = f"others' mean {alone.sum() / active.sum():.3g}, largest {alone.max():.3g}"
-    rows = [Row("12", f"features at 0, {name}", PAPER, 1 - active.mean(), "%", note=note)]
+    rows = [Row("12", f"secondary features at 0, {name}", PAPER, 1 - active.mean(), "%", note=note)]
     vectors = dict(linear=model.nfm.W_lin,
                    secondary=secondary.sae.W_dec * secondary.standardiser.std)
     def clamp(target, features, directions, dose=-4):
@@ -1579,11 +1579,11 @@ def run_anova(cfg, run):
     save_results(run, "anova", rows)
 
 # ---------------------------------- report
-LEGEND = """**control**: the paper's metric where nothing can be integrated; **fair comparison**: a
-baseline trained as well, or chance. "joint over sae": the error of `joint` against that of `sae`;
-"joint sae": its SAE path alone; "random", "shuffled": errors of equal length, isotropic or another
-document's. *reproduced?* judges the paper's metric, *survives?* the fair comparison. [ ]: 95 %
-intervals over documents{} (η²: 90 %)."""
+LEGEND = """Arms: README. **control**: the paper's metric where nothing can be integrated; **fair
+comparison**: a baseline trained as well, or chance. "joint over sae": `joint`'s error against
+`sae`'s; "//": a ratio over a ratio; "joint sae": its SAE path alone; "random", "shuffled": errors
+as long, isotropic or another document's. *reproduced?* judges the paper's metric, *survives?* the
+fair comparison. [ ]: 95 % intervals over documents{} (η²: 90 %)."""
 
 def draw(path, plot, *data):
     """Write a figure that plot(axes, *data) draws."""
