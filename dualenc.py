@@ -1624,11 +1624,12 @@ def cell_of(rows, claim, kind):
 
 def run_report(runs):
     """Stage `report`: every claim in one table, in RUN/report.md."""
-    found = []
+    found, rows = [], []
     for run in runs:
         files = [run / "results" / f"{stage}.json" for stage in MEASURING]
         with blame(f"cannot read the results of {run}"):
             found += [{file.stem: json.loads(file.read_text()) for file in files if file.exists()}]
+            rows += [Row(**row) for stage in found[-1].values() for row in stage["rows"]]
         if not found[-1]:
             raise UserError(f"{run} has no results: run the stage `recon` first")
     configs = [asdict(read_config(run)) for run in runs]
@@ -1637,7 +1638,6 @@ def run_report(runs):
             changed = ", ".join(differing(one, other)) or "copies"
             raise UserError(f"reports are over seeds, not over {changed}")
 
-    rows = [Row(**row) for results in found for stage in results.values() for row in stage["rows"]]
     missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
     several = " and runs" if len(runs) > 1 else " only"
