@@ -1167,7 +1167,8 @@ def replacements(model, raw, other, seed, rank=0):
     for path, rows in batches.items():
         x_hat = replaced[path] = torch.cat(rows)
         if "+" not in path:
-            error, generator = x_hat - raw, torch.Generator().manual_seed(seed)
+            error = x_hat - raw
+            generator = torch.Generator().manual_seed(seed)
             replaced |= {f"{path} random": epsilon_random(raw, x_hat, generator),
                          f"{path} shuffled": raw + with_length_of(error[other], error)}
     return replaced
@@ -1494,7 +1495,8 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
     """Rows of claims 11, 12 of an arm; those of `sequential` decide, as in the paper."""
     from scipy.stats import binomtest
     feature, by_variance, others, primary, alone = chosen
-    (tokens, cells), active = words, np.sign(alone)
+    tokens, cells = words
+    active = np.sign(alone)
     note = f"others' mean {alone.sum() / active.sum():.3g}, largest {alone.max():.3g}"
     rows = [Row("12", f"secondary features at 0, {name}", PAPER, 1 - active.mean(), "%", note=note)]
     vectors = dict(linear=model.nfm.W_lin,
