@@ -60,10 +60,10 @@ from tqdm import tqdm
 #     decode:   Σ_j values[:, j] · W[indices[:, j]]
 # One idea makes both fast: a token has a gradient in k of a matrix's F rows alone.
 def gathers(F, k, on_cpu):
-    """Whether k of a matrix's F rows are better gathered than multiplied by a dense code.
-    On a CPU always; on a card (H100, measured) below k = F/65 in float32, F/500 in TF32."""
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return on_cpu or k * (500 if tf32 else 65) < F
+    """Whether k of a matrix's F rows are better gathered than multiplied by a dense code: on a CPU
+    always; on a card (H100, measured) below k = F/65, in TF32 below F/500, in bfloat16 never."""
+    dense = 500 if torch.get_float32_matmul_precision() != "highest" else 65
+    return on_cpu or (k * dense < F and not torch.is_autocast_enabled("cuda"))
 
 def scatter_outer(values, indices, M, F, order=None):
     """Σ_b values[b, j] · M[b], added up in row indices[b, j] of zeros (F, width).
@@ -83,6 +83,7 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, values, indices):
         ctx.save_for_backward(x, W_enc, indices)
+        ctx.bfloat16 = torch.is_autocast_enabled(x.device.type)
         return values.clone()
 
     @staticmethod
@@ -94,7 +95,9 @@ class _Select(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = tnf.embedding_bag(indices, W_enc, per_sample_weights=g, mode="sum")
         grad_b = g.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), g.flatten())
-        return grad_x, scatter_outer(g, indices, x, len(W_enc)), grad_b, None, None
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=ctx.bfloat16):
+            grad_W = scatter_outer(g, indices, x, len(W_enc))
+        return grad_x, grad_W, grad_b, None, None
 
 class _SparseGradient(torch.autograd.Function):
     """The identity on what W (F, width) decodes (B, width), with the gradient of W."""
@@ -116,7 +119,7 @@ def topk_encode(x, W_enc, b_enc, k):
     x (B, D), W_enc (F, D), b_enc (F,) -> values (B, k), descending and >= 0; indices (B, k).
     A token with fewer than k positive pre-activations keeps some features with the value 0. Second
     derivatives are refused. Needs: _Select, scatter_outer, gathers."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # decides what is kept
         pre = torch.addmm(b_enc, x, W_enc.T)  # (B, F)
         values, indices = pre.topk(k)
     return _Select.apply(x, W_enc, b_enc, values, indices).relu(), indices
@@ -274,10 +277,8 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
         raise ValueError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     sizes = dict(D=D, F=F, k=k, n=n, K=K, top=top, dropout=dropout)
     if name.startswith("sae-matched"):
-        with torch.device("meta"):  # counts without memory
-            other = NFM(D, F, K, n, linear=name == "sae-matched")
-        extra = sum(p.numel() for p in other.parameters()) / (2 * D + 1)
-        F = 8 * math.ceil((F + extra) / 8)  # at others a card's products are half as fast
+        extra = (F + K + D + 1) * K + D + (F + 1) * D * (name == "sae-matched")  # an NFM's weights
+        F = 8 * math.ceil((F + extra / (2 * D + 1)) / 8)  # at others a card is half as fast
     if name not in CHILDREN:
         sae = TopKSAE(D, F, k)  # drawn first: one seed, one SAE
     elif parent is None:
@@ -362,7 +363,7 @@ def setting(default, text, also=""):
 
 @dataclass
 class Config:
-    """Settings of a run; the defaults are the preset `laptop`. UserError for what cannot work."""
+    """Settings of a run; the defaults are the preset `laptop`."""
     preset: str = setting("laptop", "laptop or paper")
     seed: int = setting(0, "of data order, weights and dropout")
     model: str = setting(PACKAGE, "a directory, a hub id, or that package's model")
@@ -380,6 +381,7 @@ class Config:
     batch: int = setting(512, "B, tokens in a batch, about")
     lr: tuple = setting((2e-3, 4e-3, 8e-3, 1.6e-2), "each arm keeps its best", "train secondary")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
+    matmul: str = setting("float32", "or bfloat16: a card's products in training")
     surrogate: str = setting("", "arm file: what its SAE leaves comes from other documents")
     at_once: int = setting(0, "arms times rates that share a pass; 0: all", "train")
     eval_tokens: int = setting(15_000, "held-out tokens to test on", "recon secondary")
@@ -396,6 +398,8 @@ class Config:
             raise UserError("give different --lr above 0")
         if not 0 <= self.dropout < 1 or self.adam_eps <= 0:
             raise UserError("give --dropout in [0, 1), --adam-eps above 0")
+        if self.matmul not in ("float32", "bfloat16"):
+            raise UserError("give --matmul float32 or bfloat16")
 
     def sizes(self, D):
         """make_arm's sizes."""
@@ -407,8 +411,8 @@ PRESETS = {
     "paper": dict(
         model="openlm-research/open_llama_3b", text="Salesforce/wikitext:wikitext-103-raw-v1",
         layer=16, tokens=5_000_000, chunk=10_000, features=50_000, k=1024, n=512, embedding=300,
-        top=250, dropout=0.15, batch=3200, lr=(1e-4, 2e-4, 4e-4), at_once=2, eval_tokens=200_000,
-        kl_tokens=20_000)}
+        top=250, dropout=0.15, batch=3200, lr=(1e-4, 2e-4, 4e-4), at_once=2, matmul="bfloat16",
+        eval_tokens=200_000, kl_tokens=20_000)}
 
 def differing(one, other):
     """Names of settings that a run's arms share, in which two dicts differ."""
@@ -476,7 +480,7 @@ def capture(lm, layer, tokens):
 
 def load_lm(path, device, layer, whole):
     """A causal language model and its tokenizer; unless whole, without blocks after `layer`."""
-    import transformers  # takes seconds
+    import transformers
     with blame(f"cannot load the language model {path}"):
         if transformers.utils.find_adapter_config_file(str(path)):
             raise ValueError("it holds an adapter: merge that first")
@@ -485,13 +489,11 @@ def load_lm(path, device, layer, whole):
             path, dtype=torch.float32 if device == "cpu" else "auto", output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"the checkpoint lacks weights, as {min(report['missing_keys'])}")
-        if report["unexpected_keys"]:
-            print(f"{path}: not read: {', '.join(report['unexpected_keys'])[:200]}")
         blocks = find_blocks(lm)
         if layer >= len(blocks):
             raise UserError(f"--layer {layer}: it has blocks 0 to {len(blocks) - 1}")
         for later in () if whole else range(layer + 1, len(blocks)):
-            blocks[later] = nn.Identity()  # a shorter configuration would make another model
+            blocks[later] = nn.Identity()
         lm = lm.to(device).eval().requires_grad_(False)
         ids = torch.tensor([[1, 2], [1, 3]], device=device)
         seen = lm(input_ids=ids).logits if whole else capture(lm, layer, ids)
@@ -515,12 +517,12 @@ def run_lm(cfg, run):
         source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         lm = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    lm.hf_quantizer = None  # the weights are numbers again, though transformers denies it
+    lm.hf_quantizer = None  # else taken for quantized
     del lm.config.quantization_config
     with replacing(run / "lm") as temporary:
         lm.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    print(f"lm: {file.name} unpacked into {run}/lm")
+    print(f"lm: unpacked into {run}/lm")
 
 # ------------------------------------ text
 def docstring_corpus():
@@ -562,7 +564,7 @@ def read_documents(source):
         return re.fullmatch(r" ?= [^=](.*[^=])? = ?", row) and not (before + after).strip()
     separator = "<|endoftext|>"  # as in TinyStories
     filled = "\n".join(map(str.strip, first)).strip().split("\n")
-    gap = separator if separator in filled else ""  # the row between documents, if there is one
+    gap = separator if separator in filled else ""
     titled = not gap and any(map(is_title, ["", *first], first, [*first[1:], ""]))
     gaps = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # ours
     lines, before = [], ""
@@ -585,7 +587,7 @@ def split_of(document):
 def load_windows(source, tokenizer, split, tokens, *, window, seed, stretch=math.inf):
     """Shuffled windows of a split: ids (W, T, or one more with BOS), each one's document (W,).
     All splits come from the first `stretch` characters; equal documents count once."""
-    texts = {}  # a dict: each document once, in order
+    texts = {}  # each once, in order
     for number, text in enumerate(read_documents(source)):
         if stretch <= 0:
             break
@@ -641,7 +643,7 @@ def open_data(cfg, run, whole=False):
     lm, tokenizer = load_lm(path, cfg.device, cfg.layer, whole)
     source, stored = text_source(cfg, run), run / "standardiser.safetensors"
     windows = partial(load_windows, source, tokenizer, window=cfg.window, seed=cfg.seed,
-                      stretch=10 * (cfg.tokens + 1_000_000))  # more than asked for
+                      stretch=10 * (cfg.tokens + 1_000_000))  # ample: ours
     parts = *map(fingerprint, (path, source)), cfg.layer, cfg.window, cfg.seed, cfg.tokens
     made_from, before = json.dumps(parts), None
     if stored.exists():
@@ -735,8 +737,8 @@ def path_outputs(parts):
     """x_hat by path: "full"; of 2 parts also "sae"; of 3 also "sae+linear", "sae+interaction"."""
     paths = {"sae": parts["sae"]} if len(parts) > 1 else {}
     if len(parts) > 2:
-        paths["sae+linear"] = parts["sae"] + parts["linear"]
-        paths["sae+interaction"] = parts["sae"] + parts["interaction"]
+        for other in ("linear", "interaction"):
+            paths[f"sae+{other}"] = parts["sae"] + parts[other]
     return paths | {"full": sum(parts.values())}
 
 def in_batches(function, x, device):
@@ -796,9 +798,10 @@ def make_optimizer(model, *, lr, eps=1e-8):
     """Adam (β 0.9, 0.999) on the weights of a module that require a gradient."""
     return torch.optim.Adam(model.parameters(), lr=lr, eps=eps, fused=True)
 
-def training_step(model, optimizer, x):
+def training_step(model, optimizer, x, bfloat16=False):
     """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1 (ours): the loss."""
-    x_hat = sum(model(x).values())
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16 and x.is_cuda):
+        x_hat = sum(model(x).values())
     loss = (x_hat - x).square().mean()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -806,10 +809,11 @@ def training_step(model, optimizer, x):
     optimizer.zero_grad()  # frees gradients: models take turns
     return loss.detach()
 
-def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8, seed=0):
+def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8, seed=0, bfloat16=False):
     """Train DualEncoders side by side on the same batches, in place; returns their losses (steps,).
     batches: an iterator of x (B, D); lr: one rate a model; it falls linearly to a tenth over the
-    first `decay` of the steps, as in the published code; seed: of dropout."""
+    first `decay` of the steps, as in the published code; seed: of dropout;
+    bfloat16: so are a card's products, but for the encoder's."""
     optimizers = [make_optimizer(m.train(), lr=r, eps=eps) for m, r in zip(models, lr, strict=True)]
     losses = [[] for _ in models]
     progress = tqdm(itertools.islice(batches, steps), total=steps, desc="training", disable=None)
@@ -819,7 +823,7 @@ def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8, seed=0):
             optimizer.param_groups[0]["lr"] = rate * fall
             with torch.random.fork_rng([x.device] if x.is_cuda else []):
                 torch.manual_seed(seed + step)  # dropout depends on no other arm
-                history.append(training_step(model, optimizer, x))
+                history.append(training_step(model, optimizer, x, bfloat16))
     return [torch.stack(history).float().cpu() for history in losses]
 
 def train_arms(cfg, files, make, batches, validation, standardiser, at_once=0, read=lambda x: x):
@@ -832,7 +836,7 @@ def train_arms(cfg, files, make, batches, validation, standardiser, at_once=0, r
         names, rates = zip(*candidates[start:start + at_once], strict=True)
         models = [copy.deepcopy(make(name)).to(cfg.device) for name in names]
         losses = fit(models, map(read, batches), lr=rates, steps=sum(batches.steps),
-                     eps=cfg.adam_eps, seed=cfg.seed)
+                     eps=cfg.adam_eps, seed=cfg.seed, bfloat16=cfg.matmul == "bfloat16")
         for name, rate, model, history in zip(names, rates, models, losses, strict=True):
             mse = errors[name][f"{rate:g}"] = evaluate(model.eval(), *validation)["mse"]
             entry = dict(arm=name, lr=rate, validation_mse=mse, losses=history.tolist())
@@ -944,7 +948,7 @@ def limits(rows, level=0.95):
     return mean, *ends
 
 severity = ["no", "undecided", "direction only, not above the control", "direction only",
-            "yes, not above the control", "yes", "–"].index  # sorts answers, the worst first
+            "yes, not above the control", "yes", "–"].index  # the worst first
 
 def reproduced_by(rows):
     """How a figure, Rows of a run each, compares with the paper's."""
@@ -1104,8 +1108,7 @@ def run_recon(cfg, run):
             # Equal decoders each learn x_hat / 2: the error is that of x_hat (e) and, at right
             # angles, half of x_hat, (1 - e) / 4.
             e = arm["fvu"]
-            rows += [Row("1", "sae-2dec, by arithmetic", CONTROL, 1 - e / (e + (1 - e) / 4),
-                         "error")]
+            rows += [Row("1", "sae-2dec, predicted", CONTROL, 1 - e / (e + (1 - e) / 4), "error")]
     save_results(run, "recon", recon_rows(errors) + rows, table, arms=results)
 
 # ----------------------- kl: claims 5 to 7
@@ -1570,11 +1573,8 @@ def run_anova(cfg, run):
              for opening in openings.split("|") for continuation in continuations.split("|")]
     labels = np.repeat([[0, 0, 1, 1], [0, 1, 0, 1]], len(texts) // 4, axis=1)  # cells are alike
     for name, model in arms:
-        path = run / f"{name}.secondary.safetensors"
-        if not path.exists():
-            raise UserError(f"{name} has no secondary SAE: run the stage `secondary` first")
-        model, secondary = model.to(cfg.device), load_arm(path).to(cfg.device)
-        read = partial(read_text, cfg, data, model, secondary)
+        secondary = load_arm(run / f"{name}.secondary.safetensors").to(cfg.device)
+        read = partial(read_text, cfg, data, model.to(cfg.device), secondary)
         prompts = list(map(read, STIMULI["prompts"].split("|")))
         chosen = choose_features(list(map(read, texts)), labels, prompts)
         rows += clamp_rows(cfg, data.lm, model, secondary, chosen, prompts, words, name)
@@ -1721,15 +1721,15 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")
     os.environ |= dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1",
                        DISABLE_SAFETENSORS_CONVERSION="1")  # else some hub models come twice
-    warnings.filterwarnings("ignore", "Sparse CSR")  # is in beta
+    warnings.filterwarnings("ignore", "Sparse CSR")
     try:
         return run_stage(build_parser().parse_args(argv)) or 0
     except KeyboardInterrupt:
         message, status = "stopped", 130
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and not re.search("(out of|ate) memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("MemoryError|(out of|ate) memory", repr(error)):
             raise
         message, status = "out of memory: try train --at-once 1, or a lower --batch", 2
     print(f"dualenc: {message}", file=sys.stderr)
