@@ -366,7 +366,7 @@ class Config:
     """Settings of a run; the defaults are the preset `laptop`."""
     preset: str = setting("laptop", "laptop or paper")
     seed: int = setting(0, "of data order, weights and dropout")
-    model: str = setting(PACKAGE, "a directory, a hub id, or that package's model")
+    model: str = setting(PACKAGE, "a directory, a hub id, or the package's")
     text: str = setting("docstrings", "docstrings, .txt or .jsonl file, HUB_ID:CONFIG")
     layer: int = setting(8, "block whose input is read, from 0")
     window: int = setting(50, "T, tokens in a window")
@@ -420,11 +420,11 @@ def differing(one, other):
     return [name for name in shared if one.get(name) != other.get(name)]
 
 def trained_arms(run):
-    """Names of the run's trained arms, in the order of ARMS."""
+    """The run's trained arms, in the order of ARMS."""
     return [name for name in ARMS if (run / f"{name}.safetensors").exists()]
 
 def read_config(run):
-    """The settings that `lm` or `train` stored in the run. UserError if there are none."""
+    """The settings that `lm` or `train` stored in the run."""
     with blame(f"{run}/config.json is damaged, old or missing: run the stage `train` first"):
         return Config(**json.loads((run / "config.json").read_text()))
 
@@ -673,7 +673,7 @@ def tokens_of_others(documents):
     """For each token one of another document: documents (N,) -> indices (N,)."""
     half = len(documents) // 2
     if documents.bincount().max() > half:
-        raise ValueError("one document has most of the tokens: more of them are needed")
+        raise ValueError("one document has most of the tokens: read more")
     order = documents.argsort(stable=True)  # tokens by document: a a b c c
     partner = order.roll(half)  # c c a a b: no document reaches half way round
     return partner[order.argsort()]  # order.argsort(): the place of each token in order
@@ -1383,7 +1383,7 @@ def run_secondary(cfg, run):
         path = run / f"{name}.secondary.safetensors"
         if not path.exists():
             train_secondary(cfg, path, model.to(cfg.device), stream, validation)
-        mse = min(load_arm(path).config["validation_mse"].values())  # of m
+        mse = min(load_arm(path).config["validation_mse"].values())
         table += [line_of(f"secondary SAE of {name}", dict(validation_mse=mse))]
     save_results(run, "secondary", [], table)
 
@@ -1620,8 +1620,9 @@ def cell_of(rows, claim, kind):
         if (row.claim, row.kind) == (claim, kind):
             figures.setdefault(row.label, []).append(row)
     deciding = sum(figure[0].margin is not None for figure in figures.values())
-    worst = min(figures.values(), default=None, key=lambda figure: min(
-        severity(reproduced_by(figure)), severity(survives_by(figure, deciding))))
+    worst = min(figures.values(), default=None, key=lambda figure: (min(
+        severity(reproduced_by(figure)), severity(survives_by(figure, deciding))),
+        deciding and figure[0].value or 0))
     return f"{worst[0].label}: {figure_text(worst)}" if worst else "–"
 
 def run_report(runs):
@@ -1642,12 +1643,11 @@ def run_report(runs):
 
     missing = [stage for stage in MEASURING if not all(stage in results for results in found)]
     status = f"Stages missing: {' '.join(missing) or 'none'}."
-    several = " and runs" if len(runs) > 1 else " only"
     origin = "{tokens:,} tokens of {text}; layer {layer} of {model}".format(**configs[0])
     lines = [f"# Report of {', '.join(map(str, runs))}", "",
              f"Seeds {[config['seed'] for config in configs]}; {origin}. {status}", "",
-             LEGEND.format(several), "", "| the paper says | paper's metric | control | "
-             "fair comparison | reproduced? | survives? |", "|---|---|---|---|---|---|"]
+             LEGEND.format(" and runs" if runs[1:] else " only"), "", "| the paper says | paper's "
+             "metric | control | fair comparison | reproduced? | survives? |", "|---" * 6 + "|"]
     for claim, answer in answers_of(rows).items():
         cells = [cell_of(rows, claim, kind) for kind in (PAPER, CONTROL, FAIR)]
         lines += ["| " + " | ".join([f"{claim}. {CLAIMS[claim]}", *cells, *answer.values()]) + " |"]

@@ -431,15 +431,15 @@ def test_training_step_is_adam_on_the_clipped_gradient_of_the_mean_squared_error
 def test_fit_takes_any_batches_its_rates_fall_to_a_tenth_and_models_do_not_disturb_each_other(monkeypatch):
     rates = []
     step = d.training_step
-    def spy(model, optimizer, x):
+    def spy(model, optimizer, *others):
         rates.append(optimizer.param_groups[0]["lr"])
-        return step(model, optimizer, x)
+        return step(model, optimizer, *others)
     batches = [normal(16, 10, seed=i) for i in range(10)]
     together = [arm("sae"), arm("joint")]
     losses = d.fit(together, iter(batches), lr=[1e-2, 2e-2], steps=10)
     monkeypatch.setattr(d, "training_step", spy)
     alone = arm("joint")
-    d.fit([alone], iter(batches), lr=[2e-2], steps=10)
+    d.fit([alone], iter(batches), lr=[2e-2], steps=10, bfloat16=True)      # a card's products, not these
     assert [len(own) for own in losses] == [10, 10] and losses[0][-1] < losses[0][0]
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), together[1].parameters(), strict=True))
     expected = [2e-2 * (1 - 0.9 * min(1, i / 8)) for i in range(10)]
