@@ -62,8 +62,8 @@ from tqdm import tqdm
 def gathers(F, k, on_cpu):
     """Whether k of a matrix's F rows are better gathered than multiplied by a dense code: on a CPU
     always; on a card (H100, measured) below k = F/65, in TF32 below F/500, in bfloat16 never."""
-    dense = 500 if torch.get_float32_matmul_precision() != "highest" else 65
-    return on_cpu or (k * dense < F and not torch.is_autocast_enabled("cuda"))
+    ratio = 500 if torch.get_float32_matmul_precision() != "highest" else 65
+    return on_cpu or (k * ratio < F and not torch.is_autocast_enabled("cuda"))
 
 def scatter_outer(values, indices, M, F, order=None):
     """Σ_b values[b, j] · M[b], added up in row indices[b, j] of zeros (F, width).
@@ -736,9 +736,8 @@ def held_out(cfg, data, split, tokens):
 def path_outputs(parts):
     """x_hat by path: "full"; of 2 parts also "sae"; of 3 also "sae+linear", "sae+interaction"."""
     paths = {"sae": parts["sae"]} if len(parts) > 1 else {}
-    if len(parts) > 2:
-        for other in ("linear", "interaction"):
-            paths[f"sae+{other}"] = parts["sae"] + parts[other]
+    for other in ("linear", "interaction") if len(parts) > 2 else ():
+        paths[f"sae+{other}"] = parts["sae"] + parts[other]
     return paths | {"full": sum(parts.values())}
 
 def in_batches(function, x, device):
@@ -812,8 +811,8 @@ def training_step(model, optimizer, x, bfloat16=False):
 def fit(models, batches, *, lr, steps, decay=0.8, eps=1e-8, seed=0, bfloat16=False):
     """Train DualEncoders side by side on the same batches, in place; returns their losses (steps,).
     batches: an iterator of x (B, D); lr: one rate a model; it falls linearly to a tenth over the
-    first `decay` of the steps, as in the published code; seed: of dropout;
-    bfloat16: so are a card's products, but for the encoder's."""
+    first `decay` of the steps, as in the published code; seed: of dropout; bfloat16: of a card's
+    products, but for the encoder's forward."""
     optimizers = [make_optimizer(m.train(), lr=r, eps=eps) for m, r in zip(models, lr, strict=True)]
     losses = [[] for _ in models]
     progress = tqdm(itertools.islice(batches, steps), total=steps, desc="training", disable=None)
@@ -1632,7 +1631,8 @@ def run_report(runs):
         files = [run / "results" / f"{stage}.json" for stage in MEASURING]
         with blame(f"cannot read the results of {run}"):
             found += [{file.stem: json.loads(file.read_text()) for file in files if file.exists()}]
-            rows += [Row(**row) for stage in found[-1].values() for row in stage["rows"]]
+            rows += [Row(**row) for stage in found[-1].values() for row in stage["rows"]
+                     if CLAIMS[row["claim"]]]  # else damaged
         if not found[-1]:
             raise UserError(f"{run} has no results: run the stage `recon` first")
     configs = [asdict(read_config(run)) for run in runs]

@@ -1271,8 +1271,7 @@ def test_anova_of_a_run(measured, tmp_path, monkeypatch, capsys):
 
 def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, capsys):
     assert stage_report(measured) == 0
-    out = capsys.readouterr().out
-    text = (measured / "report.md").read_text()
+    out, text = capsys.readouterr().out, (measured / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(line.count("|") == 7 for line in rows) and len(rows) > len(d.CLAIMS) - 2   # a head, and each claim but two of `anova`
     assert all(len(line) <= 100 for line in out.splitlines()[:-1])
@@ -1285,8 +1284,9 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
     d.write_json(other / "config.json", json.loads((other / "config.json").read_text()) | dict(seed=1))
     assert stage_report(measured, other) == 0
     assert "over documents and runs" in (measured / "report.md").read_text()
-    d.write_json(other / "results" / "recon.json", dict(rows=[dict(claim="1", another_version=1)], printed=[]))
-    assert stage_report(tmp_path / "none") == stage_report(other) == 2
+    for row in (dict(claim="1", another_version=1), d.asdict(d.Row("14", "a claim that there is not", d.PAPER))):
+        d.write_json(other / "results" / "recon.json", dict(rows=[row], printed=[]))
+        assert stage_report(tmp_path / "none") == stage_report(other) == 2
 
 def stage_report(*runs):
     return d.main(["report", *itertools.chain(*(("--run", str(run)) for run in runs))])
