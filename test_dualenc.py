@@ -820,7 +820,7 @@ def test_eta2_interval_excludes_zero_exactly_where_p_is_below_5_percent_and_inve
         assert (low > 0) == (central.sf(F, 1, df) < 0.05) and low <= F / (F + df) <= high
         for bound, share in ((low, 0.95), (high, 0.05)):
             if bound > 0:       # noncentral F is a Poisson mixture of betas
-                strength = bound * (df + 2) / (1 - bound)
+                strength = bound * (df + 4) / (1 - bound)       # N = df + 4 units in four cells
                 j = np.arange(200)
                 cdf = (poisson.pmf(j, strength / 2) * beta.cdf(F / (F + df), 0.5 + j, df / 2)).sum()
                 assert cdf == pytest.approx(share, abs=1e-6)
