@@ -61,8 +61,8 @@ from tqdm import tqdm
 # One idea makes both fast: a token has a gradient in k of a matrix's F rows alone.
 def gathers(F, k, on_cpu):
     """Whether k of a matrix's F rows are better gathered than multiplied by a dense code: on a CPU
-    always; on a card (H100, measured) below k = F/65, in TF32 below F/500, in bfloat16 never."""
-    ratio = 500 if torch.get_float32_matmul_precision() != "highest" else 65
+    always; on a card (H100, measured) below k = F/65, in TF32 F/500, in bfloat16 at no k > 31."""
+    ratio = 500 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 65
     return on_cpu or (k * ratio < F and not torch.is_autocast_enabled("cuda"))
 
 def scatter_outer(values, indices, M, F, order=None):
@@ -517,7 +517,7 @@ def run_lm(cfg, run):
         source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         lm = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    lm.hf_quantizer = None  # else taken for quantized
+    lm.hf_quantizer = None  # else quantized
     del lm.config.quantization_config
     with replacing(run / "lm") as temporary:
         lm.bfloat16().save_pretrained(temporary)
@@ -799,7 +799,7 @@ def make_optimizer(model, *, lr, eps=1e-8):
 
 def training_step(model, optimizer, x, bfloat16=False):
     """One step on mean((x_hat - x)²), x (B, D), gradient norm clipped at 1 (ours): the loss."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16 and x.is_cuda):
+    with torch.autocast(x.device.type, torch.bfloat16, bfloat16 and x.is_cuda, cache_enabled=False):
         x_hat = sum(model(x).values())
     loss = (x_hat - x).square().mean()
     loss.backward()
@@ -1621,7 +1621,7 @@ def cell_of(rows, claim, kind):
     deciding = sum(figure[0].margin is not None for figure in figures.values())
     worst = min(figures.values(), default=None, key=lambda figure: (min(
         goodness(reproduced_by(figure)), goodness(survives_by(figure, deciding))),
-        deciding and figure[0].value or 0))  # then by value
+        deciding and figure[0].value or 0))  # then value
     return f"{worst[0].label}: {figure_text(worst)}" if worst else "–"
 
 def run_report(runs):
