@@ -834,14 +834,14 @@ def test_what_is_not_a_number_decides_nothing_and_is_stored_as_missing(tmp_path)
     assert found["rows"][0]["value"] is None and found["answers"]["11"] == dict(reproduced="undecided", survives="yes")
 
 def test_figures_as_text():
-    def text(value, unit, half=0.0):
+    def text(value, unit, half=0.0, paper=None):
         ends = [value - half, value + half] if half else None
-        return d.figure_text([d.Row("1", "x", d.FAIR, value, unit, ends=ends)])
+        return d.figure_text([d.Row("1", "x", d.PAPER, value, unit, paper, ends=ends)])
     assert text(0.413, "error", 0.01) == "41.3 % less error [40.3, 42.3]"
     assert text(-0.053, "error", 0.007) == "5.3 % more error [4.6, 6.0]"
-    assert text(0.06, "%") == "6.0 %" and text(1.994, "% more KL") == "199.4 % more KL" and text(2, "") == "2"
+    assert text(0.06, "%") == text(0.06, "%", paper=0.0) == "6.0 %" and text(1.994, "% more KL") == "199.4 % more KL" and text(2, "") == "2"
     assert text(0.006, "KL", 0.008) == "0.6 % less KL [-0.2, 1.4]" and text(None, "KL") == "no figure"
-    assert d.figure_text([d.Row("1", "x", d.PAPER, 0.3, "error", paper=0.413)]) == "30.0 % less error; paper: 41.3 % less error"
+    assert text(0.3, "error", paper=0.413) == "30.0 % less error; paper: 41.3 % less error"
 
 def test_make_rows_divides_what_its_names_say():
     rng = np.random.default_rng(0)
@@ -1277,6 +1277,8 @@ def test_report_has_a_line_a_claim_and_answers_over_runs(measured, tmp_path, cap
     assert all(line.count("|") == 7 for line in rows) and len(rows) > len(d.CLAIMS) - 2   # a head, and each claim but two of `anova`
     assert all(len(line) <= 100 for line in out.splitlines()[:-1])
     assert any(re.match("  1  joint over joint sae: .* less err", line) for line in out.splitlines())
+    equals = [d.Row("5", name, d.FAIR, value, "KL", margin=0.0, se=9, documents=9) for name, value in (("a", 0.1), ("b", -0.1))]
+    assert d.cell_of(equals, "5", d.FAIR).startswith("b: 10.0 % more KL")
     for file in (measured / "results").glob("*.json"):
         assert f"## {measured}: {file.stem}" in text
         assert "\n".join(json.loads(file.read_text())["printed"]) in text
@@ -1758,10 +1760,8 @@ def test_memory_running_out_names_the_flags_and_a_bug_is_no_mistake_of_the_users
     assert d.main(["recon"]) == 130
 
 def test_help_is_instant_and_names_every_setting():
-    code = ("import sys, dualenc; assert 'transformers' not in sys.modules and 'scipy' not in sys.modules\n"
-            "dualenc.main(['train', '--help'])")
-    text = subprocess.run([sys.executable, "-c", code], check=True, cwd=SOURCE.parent, capture_output=True,
-                          text=True).stdout
+    code = "import sys, dualenc; assert not {'transformers', 'scipy'} & {*sys.modules}; dualenc.main(['train', '--help'])"
+    text = subprocess.check_output([sys.executable, "-c", code], cwd=SOURCE.parent, text=True)
     for field in d.fields(d.Config):
         assert f"--{field.name.replace('_', '-')}" in text
 
