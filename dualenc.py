@@ -6,7 +6,7 @@ The paper (Claflin, "Feature Integration Spaces", arXiv 2507.00269, AAAI 2026) c
 encode which features are present (a TopK sparse autoencoder, SAE, finds them) and how they combine
 (a neural factorization machine, NFM, finds that); training both jointly cuts the error by 41 %, KL
 by 52 %. Here each number stands beside the same metric where nothing can be integrated (the
-control) and a fair comparison. Constants without a source are marked "ours".
+control) and a fair comparison. Constants marked "ours" are our choice.
     ./reproduce.sh       everything, on SmolLM2-135M; stages by hand:
     python dualenc.py train --run runs/mine --model PATH_OR_HUB_ID --layer 3 --text mine.txt
     python dualenc.py recon --run runs/mine    then kl, gram, secondary, anova, report
@@ -517,7 +517,7 @@ def run_lm(cfg, run):
         source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         lm = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    lm.hf_quantizer = None  # else quantized
+    lm.hf_quantizer = None  # no longer quantized
     del lm.config.quantization_config
     with replacing(run / "lm") as temporary:
         lm.bfloat16().save_pretrained(temporary)
