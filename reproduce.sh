@@ -27,13 +27,13 @@ if [ "$seed" != 0 ]; then                                                 # anot
   done
   run=$run-$seed
 fi
-device=(); [ -z "${3:-}" ] || device=(--device "$3")
+device=${3:-}                                                             # no array: an empty one stops macOS's bash
 stage() {                                                                 # STAGE [FLAGS …]
   [ -e "$run/results/$1.json" ] && return
   echo "== $1"
-  .venv/bin/python dualenc.py "$1" --run "$run" "${@:2}" || { [ $? = 130 ] && exit 130; status=1; }   # 130: stopped
+  .venv/bin/python dualenc.py "$@" --run "$run" ${device:+--device "$device"} ||
+    { [ $? = 130 ] && exit 130; status=1; }                               # 130: stopped
 }
-for name in lm train; do stage "$name" --preset "$preset" --seed "$seed" "${device[@]}"; done
-for name in recon kl gram secondary anova; do stage "$name" "${device[@]}"; done
-stage report
+for name in lm train; do stage "$name" --preset "$preset" --seed "$seed"; done
+for name in recon kl gram secondary anova report; do stage "$name"; done
 exit $status
