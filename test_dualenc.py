@@ -517,7 +517,7 @@ FAMILIES = {    # kinds whose forwards read the depth of the model, and others o
     "gemma3n_text": dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=400, num_kv_shared_layers=0,
                          laurel_rank=4, activation_sparsity_pattern=None, layer_types=["full_attention"] * 4),
     "gemma4_text": dict(hidden_size_per_layer_input=8, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
-    "granite": {}, "olmo2": {}, "mistral": {}, "phi3": dict(pad_token_id=0), "stablelm": {}, "starcoder2": {}}
+    "gemma3_text": {}, "granite": {}, "olmo2": {}, "mistral": {}, "phi3": dict(pad_token_id=0), "stablelm": {}, "starcoder2": {}}
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_cut_model_reads_what_the_whole_one_reads_or_is_refused(kind, tokenizer, tmp_path):
