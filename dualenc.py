@@ -970,7 +970,8 @@ def reproduced_by(rows):
 
 def survives_by(rows, figures):
     """Whether a claim survives a figure, one of `figures`; one Row a run."""
-    found, strict, margin = limits(rows), limits(rows, 1 - 0.05 / (figures or 1)), rows[0].margin
+    found, strict = limits(rows), limits(rows, 1 - 0.05 / (figures or 1))
+    margin = rows[0].margin
     if margin is None or found is None:
         return "–" if margin is None else "undecided"
     return "yes" if found[1] > margin else "no" if strict[2] < margin else "undecided"
@@ -1420,10 +1421,9 @@ def eta2_interval(F, df_error):
     """90 % interval of a 2 x 2 interaction's partial η²; above 0 where p < .05 (Steiger, 2004)."""
     from scipy.optimize import elementwise
     from scipy.special import ncfdtr
-    def excess(strength, share):
-        return ncfdtr(1, df_error, strength, F) - share
-    found = elementwise.find_root(excess, (0, 20 * F + 100), args=([0.95, 0.05],))
-    strength = np.nan_to_num(found.x)  # 0 where even the central F lies below so seldom
+    found = elementwise.find_root(lambda strength, share: ncfdtr(1, df_error, strength, F) - share,
+                                  (0, 20 * F + 100), args=([0.95, 0.05],))
+    strength = np.nan_to_num(found.x)  # 0: even the central F lies below so seldom
     return (strength / (strength + df_error + 4)).tolist()
 
 def word_tokens(tokenizer, words):

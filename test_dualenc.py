@@ -1809,7 +1809,7 @@ def test_the_readmes_commands_for_a_real_language_model_run_at_reduced_size(mode
     assert {command.split()[0] for command in commands} == {"train", *d.MEASURING, "report"}
     less = " ".join(SMALL).replace(" --lr 0.003 0.01", " --layer 1").split()
     for command in commands:
-        again = re.search("^(?!report).*runs/(s2|....576)|^(?!train).*gemma", command)      # as seed 1, K = 256
+        again = re.search("^(?!report).*runs/(s2|....576)|^(?!train).*gemma", command)      # as seed 1, K = 256, s0
         small = dict(train=[*less, "--tokens", "600"], kl=["--kl-tokens", "300"]).get(command.split()[0], [])
         assert again or d.main([*command.replace(" --run runs/s2", "").split(), *small]) == 0, command
     for run, arms in (("s0", list(d.ARMS)), ("null256", ["sequential", "sequential-linear"])):
